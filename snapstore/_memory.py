@@ -1,0 +1,97 @@
+"""Host memory that the store owns: fresh buffers, reused buffers, and the image of a snapshot in them.
+
+Measured (64 MB, warm against fresh): a host copy 13 / 26 ms, a read 18 / 70 ms; the difference is page faults. So
+staging buffers are kept and reused, and fresh ones ask for huge pages.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from snapstore._format import Layout
+
+_PAGE_BYTES = mmap.PAGESIZE
+_HUGE_PAGE_BYTES = 2 * 1024 * 1024
+_SLICE_BYTES = 1024 * 1024
+
+
+def allocate(nbytes: int) -> memoryview:
+    """Fresh writable memory, page-aligned and zero, freed with its last view. Does not block; faults in on use."""
+    area = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(area)[:nbytes]
+
+
+def copy_bytes(source: memoryview, target: memoryview) -> None:
+    """Copy in slices, so that no single call holds the GIL for longer than a slice takes (about 0.2 ms)."""
+    for start in range(0, len(source), _SLICE_BYTES):
+        target[start : start + _SLICE_BYTES] = source[start : start + _SLICE_BYTES]
+
+
+class BufferPool:
+    """Staging buffers, kept for reuse up to ``keep_bytes``. Safe from any thread, without a lock.
+
+    ``deque.append`` and ``pop`` are atomic, so a buffer is either here or with exactly one holder. Two threads that
+    return buffers at once may keep one buffer too many for a moment, never hand one out twice.
+    """
+
+    def __init__(self, keep_bytes: int) -> None:
+        self._keep_bytes = keep_bytes
+        self._idle: dict[int, deque[memoryview]] = {}
+
+    def take(self, nbytes: int) -> memoryview:
+        """A buffer of at least ``nbytes``; its old content is whatever it was."""
+        size = _size_class(nbytes)
+        idle = self._idle.get(size)
+        if idle:
+            try:
+                return idle.pop()
+            except IndexError:
+                pass  # another thread took the last one between the look and the pop
+        return allocate(size)
+
+    def give_back(self, buffer: memoryview) -> None:
+        """Keep ``buffer`` for the next ``take``. The caller holds no view of it any more."""
+        if self.idle_bytes + len(buffer) <= self._keep_bytes:
+            self._idle.setdefault(len(buffer), deque()).append(buffer)
+
+    def clear(self) -> None:
+        self._idle.clear()
+
+    @property
+    def idle_bytes(self) -> int:
+        return sum(size * len(buffers) for size, buffers in tuple(self._idle.items()))
+
+
+def _size_class(nbytes: int) -> int:
+    """Round up to one of four sizes an octave, in pages: at most a quarter more than asked for, untouched."""
+    step = max(_PAGE_BYTES, 1 << max(nbytes - 1, 1).bit_length() - 3)
+    return -(-max(nbytes, 1) // step) * step
+
+
+@dataclass(slots=True, eq=False)
+class HostImage:
+    """A snapshot's bytes in host memory: one segment a tensor, in the order of ``layout.specs``.
+
+    ``release`` is called once, when nobody reads the segments any more: it gives the memory back to whom it belongs.
+    """
+
+    layout: Layout
+    segments: Sequence[memoryview]
+    on_release: Callable[[], None] = lambda: None
+    keeps: Any = field(default=None)
+
+    def release(self) -> None:
+        self.segments = ()
+        self.keeps = None
+        self.on_release()
+
+
+def segments_of(layout: Layout, buffer: memoryview) -> list[memoryview]:
+    """Where each tensor lies in a buffer that is laid out as the data part of the file."""
+    return [buffer[offset : offset + size] for offset, size in zip(layout.offsets, layout.sizes, strict=True)]

@@ -1,0 +1,87 @@
+"""``StoreOptions``: every choice of a store, validated once, when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_type_hints
+
+Durability = Literal["none", "data", "full"]
+OnFull = Literal["wait", "reject"]
+Leftovers = Literal["discard", "adopt", "keep"]
+
+MiB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreOptions:
+    """Choices of a store; times in seconds, sizes in bytes.
+
+    Attributes:
+        durability: ``"none"``: atomic rename, no fsync (survives the process, not the power);
+            ``"data"``: fdatasync before the rename; ``"full"``: also the directories.
+        on_full: with no room, ``"wait"`` up to ``save_timeout_s`` or ``"reject"`` at once.
+        save_timeout_s: longest wait of ``save`` for room.
+        cleanup_request_timeout_s, cleanup_all_timeout_s: default waits of the cleanups.
+        shutdown_timeout_s: default deadline of ``shutdown``.
+        device_timeout_s: a device copy without progress for so long has failed.
+        stuck_after_s: ``health`` says ``stuck`` when one write takes longer.
+        checksum: write xxh3_64 checksums into each file.
+        verify_on_load: compare them on load (a file without checksums is still checked for shape and size).
+        leftovers: what to do with sessions of dead owners when the store opens.
+        max_pending_jobs, max_pending_bytes: room for saves not yet on disk. One job larger than the byte
+            limit is admitted when nothing else is pending.
+        max_session_bytes: most bytes on disk for this session, or ``None``.
+        min_free_bytes: free space that saves must leave on the disk, or ``None``.
+    """
+
+    durability: Durability = "none"
+    on_full: OnFull = "wait"
+    save_timeout_s: float = 2.0
+    cleanup_request_timeout_s: float = 2.0
+    cleanup_all_timeout_s: float = 5.0
+    shutdown_timeout_s: float = 10.0
+    device_timeout_s: float = 30.0
+    stuck_after_s: float = 10.0
+    checksum: bool = True
+    verify_on_load: bool = True
+    leftovers: Leftovers = "discard"
+    max_pending_jobs: int = 128
+    max_pending_bytes: int = 512 * MiB
+    max_session_bytes: int | None = None
+    min_free_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name.endswith("_s"):
+                seconds(value, option.name)
+            elif option.name.startswith("max_pending"):
+                _count(value, option.name, at_least=1)
+            elif option.name in ("max_session_bytes", "min_free_bytes"):
+                if value is not None:
+                    _count(value, option.name, at_least=0)
+            elif hints[option.name] is bool:
+                if not isinstance(value, bool):
+                    raise TypeError(f"{option.name} must be a bool, not {type(value).__name__}")
+            elif value not in get_args(hints[option.name]):
+                raise ValueError(
+                    f"{option.name} must be one of {get_args(hints[option.name])}, not {value!r}"
+                )
+
+
+def seconds(value: float, name: str) -> float:
+    """Check a duration: a finite number of seconds, 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and 0 or more, not {value!r}")
+    return float(value)
+
+
+def _count(value: int, name: str, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name} must be {at_least} or more, not {value}")

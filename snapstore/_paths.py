@@ -1,0 +1,98 @@
+"""Every name on disk is built and parsed here, and nowhere else.
+
+    ROOT/.snapstore                                     marker
+    ROOT/<session>/owner.json, owner.lock               <session> = <utc time>-<pid>-<random>
+    ROOT/<session>/<hash>.g<generation>/<tokens>.safetensors
+    ROOT/<session>/.tmp/<random>                        being written
+    ROOT/<session>/.trash/<random>                      forgotten, bytes not yet freed
+    ROOT/.new-<random>, ROOT/.dead-<random>             a session being made, a session being deleted
+
+A request id is any text; only its hash is ever part of a name. Paths are plain ``str``: they are built for each
+save, and a ``Path`` costs more than the rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import time
+from dataclasses import dataclass
+
+MARKER = ".snapstore"
+OWNER_RECORD = "owner.json"
+OWNER_LOCK = "owner.lock"
+TEMPORARY = ".tmp"
+TRASH = ".trash"
+QUARANTINE = ".quarantine"
+SUFFIX = ".safetensors"
+
+_NEW, _DEAD = ".new-", ".dead-"
+_SESSION = re.compile(r"\d{8}T\d{6}Z-(\d+)-[0-9a-f]{8}", re.ASCII)
+_GENERATION = re.compile(r"([0-9a-f]{32})\.g([1-9]\d{0,18}|0)", re.ASCII)
+_SNAPSHOT = re.compile(r"(0|[1-9]\d{0,18})" + re.escape(SUFFIX), re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationName:
+    """What the name of a generation's directory says."""
+
+    request_hash: str
+    generation: int
+
+
+def request_hash(request_id: str) -> str:
+    """32 hex digits that stand for the request id in file names."""
+    return hashlib.sha256(request_id.encode()).hexdigest()[:32]
+
+
+def generation_name(request_id: str, generation: int) -> str:
+    return f"{request_hash(request_id)}.g{generation}"
+
+
+def parse_generation_name(name: str) -> GenerationName | None:
+    match = _GENERATION.fullmatch(name)
+    return GenerationName(match[1], int(match[2])) if match else None
+
+
+def snapshot_name(token_count: int) -> str:
+    return f"{token_count}{SUFFIX}"
+
+
+def parse_snapshot_name(name: str) -> int | None:
+    match = _SNAPSHOT.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def new_session_name(now_s: float, pid: int) -> str:
+    """A name that sorts by time of birth (UTC) and is not taken."""
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now_s))}-{pid}-{secrets.token_hex(4)}"
+
+
+def is_session_name(name: str) -> bool:
+    return _SESSION.fullmatch(name) is not None
+
+
+def unborn_session_name() -> str:
+    """A session directory before its lock is held and it gets its name."""
+    return _NEW + secrets.token_hex(8)
+
+
+def dead_session_name() -> str:
+    """A session directory that a reclaimer has renamed aside."""
+    return _DEAD + secrets.token_hex(8)
+
+
+def is_unfinished_session_name(name: str) -> bool:
+    """True for a session directory being made or being deleted (or left so by a crash)."""
+    return name.startswith((_NEW, _DEAD))
+
+
+def random_name() -> str:
+    """A name in ``.tmp`` or ``.trash``: unique for each write, never a snapshot's."""
+    return secrets.token_hex(12)
+
+
+def join(*parts: str) -> str:
+    return os.sep.join(parts)

@@ -1,0 +1,65 @@
+"""Snapshot files -> memory that nobody else has: own descriptor, no ``mmap``, at most the file's size of memory."""
+
+from __future__ import annotations
+
+from snapstore._errors import SnapshotCorruptError
+from snapstore._files import FileSystem, opened, read_exactly
+from snapstore._format import Facts, Header, decode_header, header_size, verify_checksums
+from snapstore._memory import allocate, segments_of
+from snapstore._types import SnapshotKey
+
+_PREFIX_BYTES = 8
+
+
+def read_header(files: FileSystem, fd: int) -> Header:
+    """The header of an open file. ``SnapshotCorruptError`` if it is none, before anything large is allocated."""
+    file_size = files.status(fd).st_size
+    prefix = memoryview(bytearray(_PREFIX_BYTES))
+    count = read_exactly(files, fd, prefix, 0)
+    size = header_size(bytes(prefix[:count]), file_size)
+    raw = bytearray(size)
+    count = read_exactly(files, fd, memoryview(raw), 0)
+    return decode_header(bytes(raw[:count]), file_size)
+
+
+def read_data(files: FileSystem, fd: int, header: Header, *, verify: bool) -> memoryview:
+    """The data part in fresh memory. ``SnapshotCorruptError`` if it is cut short or, with ``verify``, altered."""
+    buffer = allocate(header.layout.nbytes)
+    count = read_exactly(files, fd, buffer, header.data_offset)
+    if count < header.layout.nbytes:
+        raise SnapshotCorruptError(f"the file ends after {count} of {header.layout.nbytes} bytes of tensors")
+    if verify:
+        verify_checksums(header, segments_of(header.layout, buffer))
+    return buffer
+
+
+def read_snapshot(
+    files: FileSystem, path: str, key: SnapshotKey, generation: int, *, verify: bool
+) -> tuple[Header, Facts, memoryview]:
+    """Header, facts and data of a file that must be exactly this snapshot. Blocks for the disk.
+
+    ``SnapshotCorruptError`` with key and path for whatever is not as it was written; ``OSError`` from the disk.
+    """
+    try:
+        with opened(files, files.open_read(path)) as fd:
+            header = read_header(files, fd)
+            facts = _check_identity(header, key, generation)
+            return header, facts, read_data(files, fd, header, verify=verify)
+    except SnapshotCorruptError as error:
+        raise SnapshotCorruptError(
+            f"{path} is not the snapshot of {key} that was written: {error}; save it again",
+            key=key,
+            path=path,
+        ) from error
+
+
+def _check_identity(header: Header, key: SnapshotKey, generation: int) -> Facts:
+    facts = header.facts
+    if facts is None:
+        raise SnapshotCorruptError("it does not say what it is of")
+    said = (facts.request_id, facts.token_count, facts.generation)
+    if said != (key.request_id, key.token_count, generation):
+        raise SnapshotCorruptError(
+            f"it says that it is of {said[0]!r} at {said[1]} tokens, generation {said[2]}"
+        )
+    return facts

@@ -1,0 +1,696 @@
+"""What a store knows: one lock, every transition, all counters. No I/O, no threads, no tensor contents.
+
+    from -> to             function              thread
+    -       -> STAGING     reserve               caller: charges jobs and bytes, waits for room until its deadline
+    STAGING -> QUEUED      admit                 caller or device thread: readable from here
+    STAGING -> CANCELLED   admit                 its life has ended, or a later save of its key is here already
+    STAGING -> FAILED      abandon               caller or device thread
+    QUEUED  -> WRITING     claim                 writer, which holds the life's `busy` from here to its settling
+    QUEUED  -> CANCELLED   begin_cleanup         cleaner: drain, forget, mark and count in one critical section
+    QUEUED  -> CANCELLED   admit                 by a later save of the same key
+    QUEUED  -> CANCELLED   abandon_rest          shutdown, at its deadline
+    WRITING -> COMMITTED   commit                writer, after the rename
+    WRITING -> CANCELLED   finish_cancelled      writer, after it has undone its file
+    WRITING -> FAILED      fail                  writer, its temporary file removed
+
+A *life* is one generation of a request id, from its first save to the cleanup that ends it.
+
+ 1. A job is settled exactly once, by its owner: caller or device thread in STAGING, drainer in QUEUED, writer in WRITING.
+ 2. WRITING implies that the writer holds `life.busy`, the writer-busy lock of that generation. A detach holds it while
+    it renames a file out. It is a flag under the state lock with conditions to wait on: one lock, no order to keep.
+    It belongs to a generation, not to the store, so that nobody ever waits for another request's write.
+ 3. A path contains its generation; generations are never reused. Removing a dead one can not touch a later save.
+ 4. A job is current iff its life is alive and is the life of its request id. Only current jobs commit.
+ 5. `cancelled_in_hand[generation]` = jobs of it that are WRITING and not current. Drained jobs are never counted; at zero
+    the key goes, and whoever takes it there hands the dead life to the sweeper.
+ 6. `pending_bytes` = bytes in STAGING + QUEUED + WRITING, within the limit unless one job is alone. Charged before the copy.
+ 7. A key is readable from `admit` until its life ends; entries leave by identity (`pending[key] is job`), never by key.
+    The later accepted save of a key wins, whatever order they are admitted in.
+ 8. QUEUED jobs hold host memory only. A job's memory goes back when it is settled and nobody reads from it.
+ 9. A dead life goes to the sweeper when nobody holds it: at its end, or when its holder lets go. After `swept`, no file
+    of it exists or will appear.
+10. accepted = committed + cancelled + failed + pending, jobs and bytes, in every value that is published.
+
+Decide under the lock, act outside: tickets are resolved and memory is given back after it is let go.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable
+
+from snapstore._errors import (
+    DiskQuotaError,
+    SaveCancelledError,
+    SaveFailedError,
+    SnapshotNotFoundError,
+    StoreClosedError,
+    StoreFullError,
+)
+from snapstore._memory import HostImage
+from snapstore._options import StoreOptions
+from snapstore._records import Cleanup, Commit, Content, Job, Life, Published, Tally
+from snapstore._ticket import SaveTicket
+from snapstore._types import SaveState, SnapshotInfo, SnapshotKey
+
+_Outcome = SnapshotInfo | BaseException
+_Settled = list[tuple[Job, _Outcome]]
+
+
+class State:
+    """See the module's header. Every public method takes the lock once and lets it go before anything slow."""
+
+    def __init__(self, options: StoreOptions) -> None:
+        self._options = options
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)  # the writer waits: a job to claim, or the end
+        self._room = threading.Condition(self._lock)  # savers wait, first come, first served
+        self._dirt = threading.Condition(self._lock)  # the sweeper waits: something to remove, or the end
+        self._rest = threading.Condition(self._lock)  # cleaners and detachers wait: a life swept or let go
+        self._lives: dict[str, Life] = {}
+        self._dying: dict[str, list[Life]] = {}
+        self._queue: OrderedDict[Job, None] = OrderedDict()
+        self._in_flight: OrderedDict[Job, None] = OrderedDict()
+        self._writing: tuple[Job, float] | None = None
+        self._waiters: deque[object] = deque()
+        self._to_sweep: deque[Life] = deque()
+        self._next_generation = 1
+        self._next_sequence = 1
+        self._pending_bytes = 0
+        self._staging = 0
+        self._closing: str | None = None
+        self._writer_may_end = False
+        self._writer_gone = False
+        self._sweeper_may_end = False
+        self._sweeper_waits_for_writer = False
+        self._sweep_asked = False
+        self._last_error: str | None = None
+        self._free_bytes: int | None = None
+        self._tally = Tally()
+        self.cancelled_in_hand: Counter[int] = Counter()
+        self.published = Published()
+
+    # -- save ---------------------------------------------------------------------------------------------------
+
+    def reserve(self, key: SnapshotKey, nbytes: int, content: Content) -> Job:
+        """``- -> STAGING``. Waits for room at most ``save_timeout_s``; whatever it raises, nothing stays behind."""
+        with self._lock:
+            try:
+                return self._reserve_locked(key, nbytes, content)
+            except BaseException:
+                self._tally.rejected += 1
+                self._tally.rejected_bytes += nbytes
+                raise
+            finally:
+                self._publish_locked()
+
+    def admit(self, job: Job, image: HostImage) -> bool:
+        """``STAGING -> QUEUED``: readable from here. False: cancelled while it was being staged."""
+        settled: _Settled = []
+        with self._lock:
+            life, token_count = job.life, job.key.token_count
+            job.image = image
+            life.staging.discard(job)
+            self._staging -= 1
+            admitted = (
+                life.alive and life.newest.get(token_count, 0) < job.sequence and not self._writer_may_end
+            )
+            if admitted:
+                self._drop_queued_locked(life, token_count, settled)
+                life.newest[token_count] = job.sequence
+                life.pending[token_count] = job
+                self._queue[job] = None
+                job.ticket._move(SaveState.QUEUED)
+            else:
+                self._cancel_locked(job, settled)
+            self._work.notify()
+            self._publish_locked()
+        self._announce(settled)
+        return admitted
+
+    def abandon(self, job: Job, error: BaseException) -> None:
+        """``STAGING -> FAILED``: the copy to host memory did not work."""
+        settled: _Settled = []
+        with self._lock:
+            job.life.staging.discard(job)
+            self._staging -= 1
+            if job.life.alive:
+                self._fail_locked(job, error, settled)
+            else:
+                self._cancel_locked(job, settled)
+            self._work.notify()
+            self._publish_locked()
+        self._announce(settled)
+
+    # -- writer -------------------------------------------------------------------------------------------------
+
+    def claim(self) -> Job | None:
+        """``QUEUED -> WRITING``: waits for a job whose life nobody holds, and takes both at once. ``None``: the end."""
+        with self._lock:
+            while True:
+                job = next((job for job in self._queue if not job.life.busy), None)
+                if job is not None:
+                    break
+                if self._writer_may_end or (self._closing and not self._queue and not self._staging):
+                    return None
+                self._work.wait()
+            del self._queue[job]
+            job.life.busy = True
+            job.life.on_disk = True
+            job.ticket._move(SaveState.WRITING)
+            self._writing = (job, time.monotonic())
+            self._publish_locked()
+            return job
+
+    def is_current(self, job: Job) -> bool:
+        """Invariant 4. Read without the lock: the writer looks between chunks and may learn of it one chunk late."""
+        return job.life.alive
+
+    def commit(self, job: Job, info: SnapshotInfo, disk_bytes: int) -> bool:
+        """``WRITING -> COMMITTED`` if the job is current. False: the writer undoes the file, then ``finish_cancelled``."""
+        settled: _Settled = []
+        with self._lock:
+            life, token_count = job.life, job.key.token_count
+            if not life.alive:
+                return False
+            self._leave_pending_locked(job)
+            self._unlist_locked(life, token_count)
+            life.committed[token_count] = Commit(info, disk_bytes)
+            life.failed.pop(token_count, None)
+            self._tally.live_snapshots += 1
+            self._tally.session_bytes += disk_bytes
+            self._tally.committed += 1
+            self._tally.committed_bytes += job.nbytes
+            self._last_error = None
+            self._settle_locked(job, SaveState.COMMITTED, info, settled)
+            self._let_go_locked(life)
+            self._publish_locked()
+        self._announce(settled)
+        return True
+
+    def finish_cancelled(self, job: Job) -> None:
+        """``WRITING -> CANCELLED``: its file is undone. Takes the counter down and lets the dead life go to the sweeper."""
+        settled: _Settled = []
+        with self._lock:
+            self._cancel_locked(job, settled)
+            self._unmark_locked(job)
+            self._let_go_locked(job.life)
+            self._publish_locked()
+        self._announce(settled)
+
+    def fail(self, job: Job, error: BaseException) -> bool:
+        """``WRITING -> FAILED``, or ``CANCELLED`` where its life has ended meanwhile (then False)."""
+        settled: _Settled = []
+        with self._lock:
+            self._last_error = f"{type(error).__name__}: {error}"
+            self._end_in_writer_locked(job, error, settled)
+            self._publish_locked()
+        self._announce(settled)
+        return job.life.alive
+
+    def job_in_hand(self) -> Job | None:
+        """The job that is WRITING."""
+        with self._lock:
+            return self._writing[0] if self._writing else None
+
+    def writer_died(self, error: BaseException, *, for_good: bool) -> None:
+        """The writer thread ended by a bug. Its job fails; ``for_good``: everything accepted does, and the store closes."""
+        settled: _Settled = []
+        with self._lock:
+            self._last_error = f"{type(error).__name__}: {error}"
+            doomed = [self._writing[0]] if self._writing else []
+            if for_good:
+                self._closing = self._closing or f"its writer thread died of {type(error).__name__}: {error}"
+                self._writer_may_end = True
+                doomed += self._queue
+                self._queue.clear()
+            else:
+                self._tally.writer_restarts += 1
+            for job in doomed:
+                self._end_in_writer_locked(job, error, settled)
+            self._room.notify_all()
+            self._publish_locked()
+        self._announce(settled)
+
+    def writer_ended(self) -> None:
+        """The writer thread is about to be gone."""
+        with self._lock:
+            self._writer_gone = True
+            self._dirt.notify_all()
+
+    # -- read ---------------------------------------------------------------------------------------------------
+
+    def find(self, key: SnapshotKey) -> Job | Commit:
+        """Where the snapshot is: a pending job, whose memory is held until ``let_go_memory``, or a commit."""
+        with self._lock:
+            life = self._lives.get(key.request_id)
+            job = life.pending.get(key.token_count) if life else None
+            if job is not None:
+                job.holds += 1
+                return job
+            commit = life.committed.get(key.token_count) if life else None
+            if commit is not None:
+                return commit
+            error = life.failed.get(key.token_count) if life else None
+        if error is not None:
+            raise SaveFailedError(f"the save of {key} failed: {error}; save it again", key=key) from error
+        raise SnapshotNotFoundError(f"no snapshot of {key}: never saved here, or cleaned up", key=key)
+
+    def let_go_memory(self, job: Job) -> None:
+        """The end of a read that ``find`` began."""
+        with self._lock:
+            job.holds -= 1
+            last = job.holds == 0
+        if last:
+            _give_memory_back(job)
+
+    def boundaries(self, request_id: str) -> tuple[int, ...]:
+        with self._lock:
+            life = self._lives.get(request_id)
+            return tuple(sorted({*life.pending, *life.committed})) if life else ()
+
+    def has(self, key: SnapshotKey) -> bool:
+        with self._lock:
+            life = self._lives.get(key.request_id)
+            return life is not None and (key.token_count in life.pending or key.token_count in life.committed)
+
+    def tickets(self, request_id: str | None = None) -> list[SaveTicket]:
+        """Tickets of what is in flight now, oldest first; of one request id, its dead lives included, or of all."""
+        with self._lock:
+            return [
+                job.ticket
+                for job in self._in_flight
+                if request_id is None or job.life.request_id == request_id
+            ]
+
+    # -- detach -------------------------------------------------------------------------------------------------
+
+    def hold_commit(self, key: SnapshotKey, deadline_s: float) -> tuple[Life, Commit] | None:
+        """Take `busy` of the life and its commit of ``key`` out of the index; ``None`` if there is none (any more)."""
+        with self._lock:
+            while True:
+                life = self._lives.get(key.request_id)
+                if life is None or key.token_count in life.pending or key.token_count not in life.committed:
+                    return None
+                if not life.busy:
+                    break
+                remaining_s = deadline_s - time.monotonic()
+                if remaining_s <= 0:
+                    raise TimeoutError(f"the writer is busy with {key.request_id!r}; {key} was not detached")
+                self._rest.wait(remaining_s)
+            life.busy = True
+            commit = self._unlist_locked(life, key.token_count)
+            assert commit is not None
+            self._publish_locked()
+            return life, commit
+
+    def end_hold(self, life: Life, put_back: Commit | None = None) -> None:
+        """The detach is over; ``put_back`` if the file is still where it was."""
+        with self._lock:
+            if put_back is not None and life.alive:
+                life.committed[put_back.info.key.token_count] = put_back
+                self._tally.live_snapshots += 1
+                self._tally.session_bytes += put_back.disk_bytes
+            self._let_go_locked(life)
+            self._forget_if_empty_locked(life)
+            self._publish_locked()
+
+    # -- cleanup ------------------------------------------------------------------------------------------------
+
+    def begin_cleanup(self, request_ids: Iterable[str] | None = None) -> Cleanup:
+        """Drain, forget, mark and count, in one critical section; all requests for ``None``.
+
+        What it ends stays ended, whatever becomes of the waits after it. Lives that earlier cleanups ended and nobody
+        has swept yet are in the answer too, to be waited for; what will not be swept is tried again.
+        """
+        cleanup = Cleanup()
+        settled: _Settled = []
+        with self._lock:
+            for request_id in list({**self._lives, **self._dying}) if request_ids is None else request_ids:
+                life = self._lives.get(request_id)
+                if life is not None:
+                    self._end_life_locked(life, cleanup, settled)
+                cleanup.lives += self._dying.get(request_id, ())
+            self._retry_sweeps_locked(cleanup.lives)
+            self._dirt.notify()
+            self._room.notify_all()
+            self._rest.notify_all()
+            self._publish_locked()
+        self._announce(settled)
+        return cleanup
+
+    def await_swept(self, lives: list[Life], timeout_s: float) -> int:
+        """Wait until the sweeper is done with these lives, or failed. How many the writer still holds at the end."""
+        with self._lock:
+            done = self._rest.wait_for(
+                lambda: all(life.swept or life.sweep_error for life in lives), timeout_s
+            )
+            if not done and timeout_s > 0:
+                self._tally.cleanup_timeouts += 1
+                self._publish_locked()
+            return sum(life.busy for life in lives)
+
+    # -- sweeper ------------------------------------------------------------------------------------------------
+
+    def claim_dirt(self) -> list[Life] | None:
+        """Wait for dead lives that nobody holds; ``[]``: only asked to look at the trash; ``None``: the end."""
+        with self._lock:
+            while not (self._to_sweep or self._sweep_asked):
+                if self._sweeper_may_end and (self._writer_gone or not self._sweeper_waits_for_writer):
+                    return None
+                self._dirt.wait()
+            self._sweep_asked = False
+            return self._take_dirt_locked()
+
+    def take_dirt(self) -> list[Life]:
+        """Dead lives that came meanwhile, without waiting."""
+        with self._lock:
+            return self._take_dirt_locked()
+
+    def swept(self, life: Life, trashed_bytes: int) -> None:
+        """The directory of a dead life is out of the way (invariant 9); so many bytes of it wait in the trash."""
+        with self._lock:
+            self._bury_locked(life)
+            self._tally.trash_bytes += trashed_bytes
+            self._rest.notify_all()
+            self._publish_locked()
+
+    def not_swept(self, life: Life, error: OSError) -> None:
+        """The directory would not go; the next cleanup of the request, or shutdown, tries again."""
+        with self._lock:
+            life.sweep_error = error
+            self._last_error = f"{type(error).__name__}: {error}"
+            self._rest.notify_all()
+            self._publish_locked()
+
+    def freed(self, nbytes: int) -> None:
+        """Bytes of trash are free again."""
+        with self._lock:
+            self._tally.trash_bytes -= nbytes
+            self._publish_locked()
+
+    def ask_sweeper(self) -> None:
+        """Have the sweeper look at the trash and the free space."""
+        with self._lock:
+            self._sweep_asked = True
+            self._dirt.notify()
+
+    def note_free_bytes(self, free_bytes: int) -> None:
+        """Free space on the disk, as just measured."""
+        with self._lock:
+            self._free_bytes = free_bytes
+            self._publish_locked()
+
+    # -- sessions and shutdown ----------------------------------------------------------------------------------
+
+    def adopt(self, info: SnapshotInfo, disk_bytes: int) -> None:
+        """Put a snapshot of a dead session into the index; before the first save, generation by generation."""
+        with self._lock:
+            life = self._lives.setdefault(info.key.request_id, Life(info.key.request_id, info.generation))
+            life.on_disk = True
+            life.committed[info.key.token_count] = Commit(info, disk_bytes)
+            self._tally.live_snapshots += 1
+            self._tally.session_bytes += disk_bytes
+            self._next_generation = max(self._next_generation, info.generation + 1)
+            self._publish_locked()
+
+    def close(self, why: str) -> None:
+        """Refuse saves from here on; the writer ends when everything accepted is settled."""
+        with self._lock:
+            self._closing = self._closing or why
+            self._work.notify_all()
+            self._room.notify_all()
+            self._publish_locked()
+
+    def abandon_rest(self) -> tuple[SnapshotKey, ...]:
+        """Shutdown's deadline: what is queued is cancelled, what is staged will be; the keys of all that is in flight."""
+        settled: _Settled = []
+        with self._lock:
+            self._writer_may_end = True
+            keys = tuple(job.key for job in self._in_flight)
+            for job in list(self._queue):
+                self._drop_queued_locked(job.life, job.key.token_count, settled)
+            self._work.notify_all()
+            self._publish_locked()
+        self._announce(settled)
+        return keys
+
+    def end_sweeper(self, *, after_writer: bool = False) -> None:
+        """Let the sweeper end when nothing is left to remove; ``after_writer``: and the writer is gone."""
+        with self._lock:
+            self._sweeper_may_end = True
+            self._sweeper_waits_for_writer = after_writer
+            self._retry_sweeps_locked([life for lives in self._dying.values() for life in lives])
+            self._dirt.notify_all()
+
+    # -- under the lock -----------------------------------------------------------------------------------------
+
+    def _life_locked(self, request_id: str) -> Life:
+        life = self._lives.get(request_id)
+        if life is None:
+            life = self._lives[request_id] = Life(request_id, self._next_generation)
+            self._next_generation += 1
+        return life
+
+    def _forget_if_empty_locked(self, life: Life) -> None:
+        """A life with nothing in it ends: after a rejected first save, or when its last snapshot was detached."""
+        if life.alive and life.empty:
+            self._end_life_locked(life, Cleanup(), [])
+
+    def _end_life_locked(self, life: Life, cleanup: Cleanup, settled: _Settled) -> None:
+        life.alive = False
+        del self._lives[life.request_id]
+        for job in [job for job in life.pending.values() if job in self._queue]:
+            del self._queue[job]
+            self._cancel_locked(job, settled)
+            cleanup.cancelled += 1
+        if self._writing is not None and self._writing[0].life is life:
+            self.cancelled_in_hand[life.generation] += 1
+            cleanup.cancelled += 1
+        cleanup.cancelled += len(life.staging)
+        cleanup.removed += len(life.committed)
+        cleanup.removed_bytes += sum(commit.info.nbytes for commit in life.committed.values())
+        life.doomed_bytes = sum(commit.disk_bytes for commit in life.committed.values())
+        for token_count in list(life.committed):
+            self._unlist_locked(life, token_count)
+        if life.on_disk:
+            self._dying.setdefault(life.request_id, []).append(life)
+            if not life.busy:
+                self._to_sweep.append(life)
+                self._dirt.notify()
+
+    def _retry_sweeps_locked(self, lives: list[Life]) -> None:
+        for life in lives:
+            if life.sweep_error is not None:
+                life.sweep_error = None
+                self._to_sweep.append(life)
+
+    def _bury_locked(self, life: Life) -> None:
+        life.swept = True
+        dying = self._dying[life.request_id]
+        dying.remove(life)
+        if not dying:
+            del self._dying[life.request_id]
+
+    def _let_go_locked(self, life: Life) -> None:
+        life.busy = False
+        if not life.alive:
+            self._to_sweep.append(life)
+            self._dirt.notify()
+        self._work.notify()
+        self._rest.notify_all()
+
+    def _take_dirt_locked(self) -> list[Life]:
+        lives = list(self._to_sweep)
+        self._to_sweep.clear()
+        return lives
+
+    def _reserve_locked(self, key: SnapshotKey, nbytes: int, content: Content) -> Job:
+        self._refuse_locked(key, nbytes)
+        life = self._life_locked(key.request_id)
+        life.waiting += 1
+        try:
+            self._await_room_locked(life, key, nbytes)
+            return self._accept_locked(life, key, nbytes, content)
+        finally:
+            life.waiting -= 1
+            self._forget_if_empty_locked(life)
+
+    def _accept_locked(self, life: Life, key: SnapshotKey, nbytes: int, content: Content) -> Job:
+        ticket = SaveTicket(key, life.generation, nbytes)
+        job = Job(life, ticket, self._next_sequence, time.monotonic(), content=content)
+        self._next_sequence += 1
+        life.staging.add(job)
+        self._in_flight[job] = None
+        self._staging += 1
+        self._pending_bytes += nbytes
+        self._tally.accepted += 1
+        self._tally.accepted_bytes += nbytes
+        return job
+
+    def _refuse_locked(self, key: SnapshotKey, nbytes: int) -> None:
+        if self._closing:
+            raise StoreClosedError(f"{key} was not saved: {self._closing}; open a new store", key=key)
+        self._check_quota_locked(key, nbytes)
+
+    def _await_room_locked(self, life: Life, key: SnapshotKey, nbytes: int) -> None:
+        """First come, first served, so that small saves do not starve a large one."""
+        me = object()
+        self._waiters.append(me)
+        started_s = time.monotonic()
+        deadline_s = started_s + (self._options.save_timeout_s if self._options.on_full == "wait" else 0.0)
+        try:
+            while not (self._waiters[0] is me and self._fits_locked(nbytes)):
+                now_s = time.monotonic()
+                if now_s >= deadline_s:
+                    raise self._full_locked(key, nbytes, now_s - started_s)
+                self._room.wait(deadline_s - now_s)
+                self._refuse_locked(key, nbytes)
+                if not life.alive:
+                    raise SaveCancelledError(f"{key} was cleaned up while its save waited for room", key=key)
+        finally:
+            self._waiters.remove(me)
+            if self._waiters:
+                self._room.notify_all()
+
+    def _fits_locked(self, nbytes: int) -> bool:
+        if not self._in_flight:
+            return True
+        options = self._options
+        return (
+            len(self._in_flight) < options.max_pending_jobs
+            and self._pending_bytes + nbytes <= options.max_pending_bytes
+        )
+
+    def _full_locked(self, key: SnapshotKey, nbytes: int, waited_s: float) -> StoreFullError:
+        error = StoreFullError(
+            f"no room for {key} ({nbytes} bytes) after {waited_s:.3f} s: {len(self._in_flight)} jobs and "
+            f"{self._pending_bytes} bytes are pending; save less often, or raise max_pending_jobs or max_pending_bytes",
+            key=key,
+        )
+        error.nbytes, error.waited_s = nbytes, waited_s
+        error.pending_jobs, error.pending_bytes = len(self._in_flight), self._pending_bytes
+        return error
+
+    def _check_quota_locked(self, key: SnapshotKey, nbytes: int) -> None:
+        options, tally = self._options, self._tally
+        used = tally.session_bytes + tally.trash_bytes + self._pending_bytes
+        if options.max_session_bytes is not None and used + nbytes > options.max_session_bytes:
+            self._sweep_asked = True
+            self._dirt.notify()
+            raise _over_quota(key, nbytes, options.max_session_bytes, used, "max_session_bytes", "used")
+        if options.min_free_bytes is not None and self._free_bytes is not None:
+            left = self._free_bytes - self._pending_bytes
+            if left - nbytes < options.min_free_bytes:
+                self._sweep_asked = True
+                self._dirt.notify()
+                raise _over_quota(key, nbytes, options.min_free_bytes, left, "min_free_bytes", "free")
+
+    def _drop_queued_locked(self, life: Life, token_count: int, settled: _Settled) -> None:
+        """Cancel the job of this key if it is QUEUED; one that is WRITING goes on and is replaced after its commit."""
+        job = life.pending.get(token_count)
+        if job is not None and job in self._queue:
+            del self._queue[job]
+            self._cancel_locked(job, settled)
+
+    def _leave_pending_locked(self, job: Job) -> None:
+        if job.life.pending.get(job.key.token_count) is job:
+            del job.life.pending[job.key.token_count]
+
+    def _unlist_locked(self, life: Life, token_count: int) -> Commit | None:
+        commit = life.committed.pop(token_count, None)
+        if commit is not None:
+            self._tally.live_snapshots -= 1
+            self._tally.session_bytes -= commit.disk_bytes
+        return commit
+
+    def _cancel_locked(self, job: Job, settled: _Settled) -> None:
+        self._leave_pending_locked(job)
+        self._tally.cancelled += 1
+        self._tally.cancelled_bytes += job.nbytes
+        self._settle_locked(job, SaveState.CANCELLED, self._why_cancelled_locked(job), settled)
+
+    def _fail_locked(self, job: Job, error: BaseException, settled: _Settled) -> None:
+        if job.life.newest.get(job.key.token_count, 0) <= job.sequence:
+            job.life.failed[job.key.token_count] = error
+        self._tally.failed += 1
+        self._tally.failed_bytes += job.nbytes
+        outcome = SaveFailedError(f"the save of {job.key} failed: {error}; save it again", key=job.key)
+        outcome.__cause__ = error
+        self._settle_locked(job, SaveState.FAILED, outcome, settled)
+
+    def _why_cancelled_locked(self, job: Job) -> SaveCancelledError:
+        if not job.life.alive:
+            why = "its request was cleaned up"
+        elif self._writer_may_end:
+            why = "the store was shut down before its turn came"
+        else:
+            why = "a later save of the same key replaced it"
+        return SaveCancelledError(f"the save of {job.key} was cancelled: {why}", key=job.key)
+
+    def _settle_locked(self, job: Job, state: SaveState, outcome: _Outcome, settled: _Settled) -> None:
+        job.ticket._move(state)
+        if self._writing is not None and self._writing[0] is job:
+            self._writing = None
+        del self._in_flight[job]
+        self._pending_bytes -= job.nbytes
+        self._room.notify_all()
+        settled.append((job, outcome))
+
+    def _end_in_writer_locked(self, job: Job, error: BaseException, settled: _Settled) -> None:
+        """A job that the writer has in hand, or would have had next, ends without a file."""
+        in_hand = self._writing is not None and self._writing[0] is job
+        if job.life.alive:
+            self._leave_pending_locked(job)
+            self._fail_locked(job, error, settled)
+        else:
+            self._cancel_locked(job, settled)
+            self._unmark_locked(job)
+        if in_hand:
+            self._let_go_locked(job.life)
+
+    def _unmark_locked(self, job: Job) -> None:
+        generation = job.life.generation
+        self.cancelled_in_hand[generation] -= 1
+        if self.cancelled_in_hand[generation] <= 0:
+            del self.cancelled_in_hand[generation]
+
+    def _publish_locked(self) -> None:
+        tally = self._tally
+        oldest = next(iter(self._in_flight), None)
+        self.published = Published(
+            tally.accepted, tally.accepted_bytes, tally.committed, tally.committed_bytes,
+            tally.cancelled, tally.cancelled_bytes, tally.failed, tally.failed_bytes,
+            len(self._in_flight), self._pending_bytes, tally.rejected, tally.rejected_bytes,
+            int(self._writing is not None), len(self._lives), tally.live_snapshots,
+            tally.session_bytes, tally.trash_bytes, tally.cleanup_timeouts, tally.writer_restarts,
+            oldest.since_s if oldest else None, self._writing[1] if self._writing else None,
+            self._last_error, self._free_bytes, self._closing,
+        )  # fmt: skip
+
+    def _announce(self, settled: _Settled) -> None:
+        """After the lock: give memory back and resolve tickets, in that order, so that a result finds it released."""
+        for job, outcome in settled:
+            self.let_go_memory(job)
+            job.ticket._settle(outcome)
+
+
+def _give_memory_back(job: Job) -> None:
+    image, job.image = job.image, None
+    if image is not None:
+        image.release()
+    job.ticket._release()
+
+
+def _over_quota(
+    key: SnapshotKey, nbytes: int, limit: int, used: int, option: str, word: str
+) -> DiskQuotaError:
+    error = DiskQuotaError(
+        f"{key} ({nbytes} bytes) was not saved: {used} bytes are {word} and {option} is {limit}; "
+        "clean up requests, or change the option",
+        key=key,
+    )
+    error.nbytes, error.limit_bytes, error.used_bytes = nbytes, limit, used
+    return error

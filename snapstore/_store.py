@@ -1,0 +1,452 @@
+"""``SnapshotStore``: what a scheduler talks to."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from snapstore._detach import move_out
+from snapstore._engine import Engine
+from snapstore._errors import ShutdownTimeoutError, SnapshotCorruptError
+from snapstore._files import FileSystem
+from snapstore._format import Layout, decode_metadata, encode_metadata
+from snapstore._memory import allocate, copy_bytes, segments_of
+from snapstore._options import StoreOptions, seconds
+from snapstore._reader import read_snapshot
+from snapstore._records import Commit, Content, Job
+from snapstore._staging import stage
+from snapstore._ticket import SaveTicket
+from snapstore._types import (
+    CleanupReport,
+    Framework,
+    ShutdownReport,
+    Snapshot,
+    SnapshotKey,
+    Source,
+    StoreHealth,
+    StoreStats,
+)
+from snapstore.adapters import adapter_for, adapter_named
+
+_TOKEN_COUNT_MAX = 2**63 - 1
+_EXIT_JOIN_S = 0.5
+"""What the interpreter's exit waits for stores that were not shut down."""
+
+_log = logging.getLogger("snapstore")
+
+
+class SnapshotStore:
+    """Snapshots of requests' state at token boundaries: taken at once, written in the background, forgotten on demand.
+
+    Every method may be called from any thread. ``save``, ``has``, ``boundaries``, ``latest``, ``stats`` and ``health``
+    never wait for a disk. As a context manager it shuts down at the end and keeps the files.
+
+    Args:
+        root: directory of the store, made if missing. Several stores, in one process or many, may share it.
+        options: see ``StoreOptions``.
+        file_system: the disk, for tests; see ``snapstore.testing``.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        options: StoreOptions | None = None,
+        *,
+        file_system: FileSystem | None = None,
+    ) -> None:
+        if options is not None and not isinstance(options, StoreOptions):
+            raise TypeError(f"options must be StoreOptions, not {type(options).__name__}")
+        self._options = options or StoreOptions()
+        path = os.path.abspath(os.fspath(root))
+        self._engine = Engine(path, self._options, file_system or FileSystem())
+        self._state = self._engine.state
+        _open_engines.add(self._engine)
+        self._finalizer = weakref.finalize(self, _dropped, self._engine)
+        self._finalizer.atexit = False
+
+    @property
+    def root(self) -> Path:
+        """The directory that all sessions share."""
+        return Path(self._engine.session.root)
+
+    @property
+    def session(self) -> Path:
+        """The directory of this store's own session."""
+        return Path(self._engine.session.path)
+
+    @property
+    def options(self) -> StoreOptions:
+        return self._options
+
+    # -- save and load ------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        request_id: str,
+        token_count: int,
+        tensors: Mapping[str, Any],
+        *,
+        metadata: Any = None,
+        borrow: bool = False,
+    ) -> SaveTicket:
+        """Take a snapshot. When it returns, the caller may overwrite or free the tensors.
+
+        Blocks for one copy of the bytes to host memory (none for MLX, none with ``borrow``), and for room at most
+        ``save_timeout_s``; never for a disk. Saving a key again replaces it. CUDA and MPS tensors are copied to the
+        host before it returns.
+
+        Args:
+            request_id: any text that UTF-8 can encode.
+            token_count: the boundary, 0 or more.
+            tensors: name -> tensor, all of one framework.
+            metadata: any JSON value (no tuples, no NaN, string keys), up to 1 MiB; comes back equal.
+            borrow: do not copy; the caller leaves the tensors alone until ``ticket.released``.
+
+        Raises:
+            UnsupportedTensorError, TypeError, ValueError: bad arguments; nothing was reserved.
+            StoreFullError: no room in time. DiskQuotaError: a disk limit. StoreClosedError: shut down.
+            SaveCancelledError: the request was cleaned up while this call waited for room.
+        """
+        self._engine.check_process()
+        key = _checked_key(request_id, token_count)
+        adapter = adapter_for(tensors)
+        specs, sources = adapter.describe(tensors)
+        content = Content(adapter.framework, encode_metadata(metadata))
+        layout = Layout.of(specs)
+        job = self._state.reserve(key, layout.nbytes, content)
+        try:
+            image = stage(adapter, sources, layout, self._engine.pool, borrow=borrow)
+        except BaseException as error:
+            self._state.abandon(job, error)
+            raise
+        ticket = job.ticket
+        if not borrow:
+            ticket._release()
+        self._state.admit(job, image)
+        return ticket
+
+    def load(
+        self,
+        request_id: str,
+        token_count: int,
+        *,
+        framework: Framework | None = None,
+        device: Any = None,
+    ) -> Snapshot:
+        """The snapshot in memory of the caller's own: from memory while it is pending, from its file after.
+
+        Blocks for one copy, or for one read and one checksum of the file.
+
+        Args:
+            framework: ``"numpy"``, ``"torch"`` or ``"mlx"``; the one it was saved with by default.
+            device: where the tensors go, in the framework's own words; the host by default.
+
+        Raises:
+            SnapshotNotFoundError: never saved, or cleaned up. SaveFailedError: its save failed, with the cause.
+            SnapshotCorruptError: the file is not what was written. UnsupportedTensorError: a dtype that the framework
+            does not have.
+        """
+        self._engine.check_process()
+        key = _checked_key(request_id, token_count)
+        adapter = adapter_named(framework) if framework is not None else None
+        missing: Commit | None = None
+        while True:
+            found = self._state.find(key)
+            if isinstance(found, Job):
+                layout, content, buffer = self._copy_pending(found)
+                break
+            try:
+                layout, content, buffer = self._read_commit(found)
+                break
+            except FileNotFoundError as error:
+                if found is missing:
+                    raise SnapshotCorruptError(
+                        f"the file of {key} is gone from {found.info.path}, and not by this store; save it again",
+                        key=key,
+                        path=found.info.path,
+                    ) from error
+                missing = (
+                    found  # a cleanup or a later save may have come between the look and the open: look again
+                )
+        adapter = adapter or adapter_named(content.framework)
+        tensors = adapter.from_host(layout, buffer, device)
+        source: Source = "memory" if isinstance(found, Job) else "disk"
+        return Snapshot(key, tensors, decode_metadata(content.metadata_json), source)
+
+    def _copy_pending(self, job: Job) -> tuple[Layout, Content, memoryview]:
+        try:
+            assert job.image is not None and job.content is not None
+            layout = job.image.layout
+            buffer = allocate(layout.nbytes)
+            for source, target in zip(job.image.segments, segments_of(layout, buffer), strict=True):
+                copy_bytes(source, target)
+            return layout, job.content, buffer
+        finally:
+            self._state.let_go_memory(job)
+
+    def _read_commit(self, commit: Commit) -> tuple[Layout, Content, memoryview]:
+        info = commit.info
+        header, facts, buffer = read_snapshot(
+            self._engine.files,
+            str(info.path),
+            info.key,
+            info.generation,
+            verify=self._options.verify_on_load,
+        )
+        framework: Any = facts.framework
+        return header.layout, Content(framework, facts.metadata_json), buffer
+
+    # -- look ---------------------------------------------------------------------------------------------------
+
+    def has(self, request_id: str, token_count: int) -> bool:
+        """True if ``load`` would find it, pending or committed. Never blocks for a disk."""
+        self._engine.check_process()
+        return self._state.has(_checked_key(request_id, token_count))
+
+    def boundaries(self, request_id: str) -> tuple[int, ...]:
+        """Token counts of the request's snapshots, ascending, pending and committed. Never blocks for a disk."""
+        self._engine.check_process()
+        return self._state.boundaries(_checked_request_id(request_id))
+
+    def latest(self, request_id: str, *, at_most: int | None = None) -> int | None:
+        """The largest boundary, or the largest that is ``at_most`` so many tokens; ``None`` if there is none."""
+        if at_most is not None:
+            _check_token_count(at_most, "at_most")
+        fitting = (count for count in self.boundaries(request_id) if at_most is None or count <= at_most)
+        return max(fitting, default=None)
+
+    def stats(self) -> StoreStats:
+        """Counters and sizes of one moment. Takes no lock: never blocks, nor is ever torn."""
+        now = self._state.published
+        oldest_s = 0.0 if now.oldest_since_s is None else time.monotonic() - now.oldest_since_s
+        return StoreStats(
+            **{name: value for name, value in now._asdict().items() if name in StoreStats.__slots__},
+            oldest_pending_s=oldest_s,
+        )
+
+    def health(self) -> StoreHealth:
+        """How the store is. Asks neither disk nor device, takes no lock, never blocks."""
+        now, now_s = self._state.published, time.monotonic()
+        writing_s = 0.0 if now.writing_since_s is None else now_s - now.writing_since_s
+        oldest_s = 0.0 if now.oldest_since_s is None else now_s - now.oldest_since_s
+        reasons: list[str] = []
+        status: Any = "ok"
+        if now.last_error is not None:
+            status = "degraded"
+            reasons.append(f"the last write or removal failed: {now.last_error}")
+        if writing_s > self._options.stuck_after_s:
+            status = "stuck"
+            reasons.append(f"one write has taken {writing_s:.1f} s so far")
+        if now.closing or not self._engine.writer_alive or not self._engine.belongs_here:
+            status = "dead"
+            reasons.append(now.closing or "the writer thread is gone")
+        return StoreHealth(
+            status, tuple(reasons), writing_s, oldest_s, now.last_error, now.free_bytes, now.writer_restarts
+        )
+
+    # -- wait ---------------------------------------------------------------------------------------------------
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until everything accepted before the call is settled; False if that took longer than ``timeout_s``."""
+        self._engine.check_process()
+        return _all_in_time(self._state.tickets(), timeout_s, lambda ticket, left_s: _ended(ticket, left_s))
+
+    def drain_request(self, request_id: str, *, timeout_s: float) -> bool:
+        """Wait until no tensor lent or given by this request is read any more; False if not within ``timeout_s``."""
+        self._engine.check_process()
+        tickets = self._state.tickets(_checked_request_id(request_id))
+        return _all_in_time(tickets, timeout_s, lambda ticket, left_s: ticket.wait_released(left_s))
+
+    def detach(
+        self,
+        request_id: str,
+        token_count: int,
+        destination: str | os.PathLike[str],
+        *,
+        timeout_s: float = 30.0,
+    ) -> Path:
+        """Wait for the commit, then move the file out to ``destination``, which no cleanup can touch any more.
+
+        Atomic: a rename, or across file systems a copy, an fsync and a rename. The snapshot is the store's no longer.
+        Blocks for the disk; ``TimeoutError`` if commit and writer take longer than ``timeout_s``.
+        """
+        self._engine.check_process()
+        key = _checked_key(request_id, token_count)
+        deadline_s = time.monotonic() + seconds(timeout_s, "timeout_s")
+        while True:
+            held = self._state.hold_commit(key, deadline_s)
+            if held is not None:
+                break
+            self._await_commit(key, deadline_s)
+        life, commit = held
+        try:
+            path = move_out(self._engine.files, self._engine.session, str(commit.info.path), destination)
+        except BaseException:
+            self._state.end_hold(life, put_back=commit)
+            raise
+        self._state.end_hold(life)
+        return path
+
+    def _await_commit(self, key: SnapshotKey, deadline_s: float) -> None:
+        found = self._state.find(key)
+        if isinstance(found, Job):
+            self._state.let_go_memory(found)
+            found.ticket.exception(max(0.0, deadline_s - time.monotonic()))
+
+    # -- forget -------------------------------------------------------------------------------------------------
+
+    def cleanup_request(self, request_id: str, *, timeout_s: float | None = None) -> CleanupReport:
+        """Forget a request: cancel what is pending, remove what is committed. What comes later is not touched.
+
+        ``load`` and ``has`` say no from the moment it returns, clean or not. Waits at most ``timeout_s``
+        (``cleanup_request_timeout_s`` by default; 0: marks and returns) for the writer to let go of this very request
+        and for its files to be out of the way; never for another request's I/O.
+        """
+        self._engine.check_process()
+        default_s = self._options.cleanup_request_timeout_s
+        return self._engine.clean([_checked_request_id(request_id)], _timeout(timeout_s, default_s))
+
+    def cleanup_all(self, *, timeout_s: float | None = None) -> CleanupReport:
+        """``cleanup_request`` for every request at once, with one wait (``cleanup_all_timeout_s`` by default)."""
+        self._engine.check_process()
+        return self._engine.clean(None, _timeout(timeout_s, self._options.cleanup_all_timeout_s))
+
+    def shutdown(self, *, cleanup: bool = False, timeout_s: float | None = None) -> ShutdownReport:
+        """End the store within ``timeout_s`` (``shutdown_timeout_s`` by default). Once; later callers get the same report.
+
+        Refuses new saves, then writes what is accepted, or with ``cleanup`` forgets everything and removes the session
+        directory; then stops its threads. Without ``cleanup`` the files stay, for the next store to adopt or discard.
+        """
+        self._engine.check_process()
+        timeout_s = _timeout(timeout_s, self._options.shutdown_timeout_s)
+        report = self._engine.shutdown(cleanup=cleanup, timeout_s=timeout_s)
+        self._finalizer.detach()
+        _open_engines.discard(self._engine)
+        return report
+
+    def __enter__(self) -> SnapshotStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        report = self.shutdown(cleanup=False)
+        if report.abandoned and error is None:
+            raise ShutdownTimeoutError(
+                f"{len(report.abandoned)} saves were not written in time, the first of them {report.abandoned[0]}; "
+                "call shutdown() yourself for the report",
+                key=report.abandoned[0],
+                path=self.session,
+            )
+
+    def __repr__(self) -> str:
+        return f"<SnapshotStore {self._engine.session.path} {self.health().status}>"
+
+
+def shutdown_all(
+    stores: Iterable[SnapshotStore], *, cleanup: bool = False, timeout_s: float | None = None
+) -> list[ShutdownReport]:
+    """Shut down every store, all at once, each within its own deadline; one bad store does not stop the others.
+
+    Reports come in the order of ``stores``. Whatever a shutdown raises is in its report.
+    """
+    stores = list(stores)
+    reports: list[ShutdownReport | None] = [None] * len(stores)
+
+    def end(index: int, store: SnapshotStore) -> None:
+        try:
+            reports[index] = store.shutdown(cleanup=cleanup, timeout_s=timeout_s)
+        except Exception as error:  # the next store is ended all the same; this one's report says why
+            reports[index] = _failed_report(error)
+
+    threads = [
+        threading.Thread(target=end, args=(index, store), name="snapstore-shutdown-all", daemon=True)
+        for index, store in enumerate(stores)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [report for report in reports if report is not None]
+
+
+def _failed_report(error: Exception) -> ShutdownReport:
+    _log.warning("shutdown failed: %s: %s", type(error).__name__, error)
+    return ShutdownReport(0, 0, 0, (), 0, False, False, (f"{type(error).__name__}: {error}",), 0.0)
+
+
+_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _dropped(engine: Engine) -> None:
+    """The store was collected. On a thread of its own: collection may strike while this very thread holds the lock."""
+    if not engine.belongs_here:
+        return
+    warnings.warn(
+        f"a SnapshotStore on {engine.session.root} was dropped without shutdown()",
+        ResourceWarning,
+        stacklevel=2,
+    )
+    threading.Thread(target=engine.let_go, name="snapstore-dropped", daemon=True).start()
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Stores that are still open when the interpreter ends get a moment to write what they accepted."""
+    deadline_s = time.monotonic() + _EXIT_JOIN_S
+    engines = [engine for engine in _open_engines if engine.belongs_here]
+    for engine in engines:
+        engine.let_go()
+    for engine in engines:
+        engine.join_briefly(max(0.0, deadline_s - time.monotonic()))
+
+
+def _checked_key(request_id: str, token_count: int) -> SnapshotKey:
+    _check_token_count(token_count, "token_count")
+    return SnapshotKey(_checked_request_id(request_id), token_count)
+
+
+def _checked_request_id(request_id: str) -> str:
+    if not isinstance(request_id, str):
+        raise TypeError(f"request_id must be a str, not {type(request_id).__name__}")
+    try:
+        request_id.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"request_id can not be encoded as UTF-8: {error}") from error
+    return request_id
+
+
+def _check_token_count(value: int, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if not 0 <= value <= _TOKEN_COUNT_MAX:
+        raise ValueError(f"{name} must be between 0 and 2^63 - 1, not {value}")
+
+
+def _timeout(given_s: float | None, default_s: float) -> float:
+    return default_s if given_s is None else seconds(given_s, "timeout_s")
+
+
+def _ended(ticket: SaveTicket, timeout_s: float | None) -> bool:
+    try:
+        ticket.exception(timeout_s)
+    except TimeoutError:
+        return False
+    return True
+
+
+def _all_in_time(tickets: list[SaveTicket], timeout_s: float | None, wait: Any) -> bool:
+    deadline_s = None if timeout_s is None else time.monotonic() + seconds(timeout_s, "timeout_s")
+    return all(
+        wait(ticket, None if deadline_s is None else max(0.0, deadline_s - time.monotonic()))
+        for ticket in tickets
+    )

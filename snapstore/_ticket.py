@@ -1,0 +1,79 @@
+"""``SaveTicket``: what ``save`` returns; a future of the save, with its states."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+
+from snapstore._types import SaveState, SnapshotInfo, SnapshotKey
+
+
+class SaveTicket:
+    """An accepted save. Every method may be called from any thread; none blocks but those with ``timeout_s``.
+
+    Attributes:
+        key: what was saved.
+        generation: the life of the request id that it belongs to.
+        nbytes: tensor bytes.
+    """
+
+    __slots__ = ("__weakref__", "_outcome", "_released", "_state", "generation", "key", "nbytes")
+
+    def __init__(self, key: SnapshotKey, generation: int, nbytes: int) -> None:
+        self.key = key
+        self.generation = generation
+        self.nbytes = nbytes
+        self._state = SaveState.STAGING
+        self._outcome: Future[SnapshotInfo] = Future()
+        self._released = threading.Event()
+
+    @property
+    def state(self) -> SaveState:
+        """Where the save stands now."""
+        return self._state
+
+    @property
+    def released(self) -> bool:
+        """True: the caller's tensors are not read any more (from the start, without ``borrow``)."""
+        return self._released.is_set()
+
+    def wait_released(self, timeout_s: float | None = None) -> bool:
+        """Wait until ``released``; what it says at the end."""
+        return self._released.wait(timeout_s)
+
+    def done(self) -> bool:
+        """True: committed, cancelled or failed; ``result`` does not wait."""
+        return self._outcome.done()
+
+    def result(self, timeout_s: float | None = None) -> SnapshotInfo:
+        """Wait for the commit. ``SaveCancelledError``, ``SaveFailedError`` (with the cause), or ``TimeoutError``."""
+        return self._outcome.result(timeout_s)
+
+    def exception(self, timeout_s: float | None = None) -> BaseException | None:
+        """Wait for the end; the error, or ``None`` if it was committed. ``TimeoutError`` if it did not end in time."""
+        return self._outcome.exception(timeout_s)
+
+    def add_done_callback(self, fn: Callable[[SaveTicket], object]) -> None:
+        """Call ``fn(ticket)`` once at the end, on the thread that ends it (at once if it has ended). Keep it short."""
+        self._outcome.add_done_callback(lambda _: fn(self))
+
+    def __await__(self) -> Generator[object, None, SnapshotInfo]:
+        """Await the commit. Cancelling the await abandons the wait, not the save."""
+        return asyncio.shield(asyncio.wrap_future(self._outcome)).__await__()
+
+    def __repr__(self) -> str:
+        return f"<SaveTicket {self.key} generation {self.generation}: {self._state.value}>"
+
+    def _move(self, state: SaveState) -> None:
+        self._state = state
+
+    def _settle(self, outcome: SnapshotInfo | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            self._outcome.set_exception(outcome)
+        else:
+            self._outcome.set_result(outcome)
+
+    def _release(self) -> None:
+        self._released.set()

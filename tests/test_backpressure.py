@@ -1,0 +1,120 @@
+"""Room is bounded in jobs and bytes; waiting for it is bounded in time, also when the writer never comes back."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers import assert_same, files_below, tensors
+
+from snapstore import DiskQuotaError, SnapshotNotFoundError, SnapshotStore, StoreFullError, StoreOptions
+from snapstore.testing import FaultyFileSystem, Gate
+
+
+@pytest.fixture
+def files() -> FaultyFileSystem:
+    return FaultyFileSystem()
+
+
+def pinned_store(root: Path, files: FaultyFileSystem, **options: object) -> tuple[SnapshotStore, Gate]:
+    """A store whose writer stands in its first write until the gate is opened."""
+    store = SnapshotStore(root, StoreOptions(**options), file_system=files)  # type: ignore[arg-type]
+    gate = files.pause("write", ".tmp")
+    store.save("pinned", 1, tensors(1))
+    gate.wait_reached()
+    return store, gate
+
+
+def test_a_full_queue_rejects_at_once_and_leaves_no_trace(root: Path, files: FaultyFileSystem) -> None:
+    store, gate = pinned_store(root, files, max_pending_jobs=2, on_full="reject")
+    with gate:
+        store.save("second", 1, tensors(2))
+        before = store.stats()
+        started_s = time.monotonic()
+        with pytest.raises(StoreFullError, match="no room") as caught:
+            store.save("third", 1, tensors(3))
+        assert time.monotonic() - started_s < 0.1
+        assert caught.value.key is not None and caught.value.pending_jobs == 2
+        after = store.stats()
+        assert (after.rejected, after.accepted) == (before.rejected + 1, before.accepted)
+        assert after.live_requests == before.live_requests
+        assert store.boundaries("third") == ()
+        with pytest.raises(SnapshotNotFoundError):
+            store.load("third", 1)
+    assert store.flush(10)
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_a_full_queue_waits_no_longer_than_its_bound_when_the_writer_is_stuck_for_ever(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    store, gate = pinned_store(root, files, max_pending_jobs=1, save_timeout_s=0.3)
+    with gate:
+        started_s = time.monotonic()
+        with pytest.raises(StoreFullError) as caught:
+            store.save("second", 1, tensors(2))
+        waited_s = time.monotonic() - started_s
+        assert 0.3 <= waited_s < 0.5
+        assert caught.value.waited_s == pytest.approx(0.3, abs=0.1)
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_the_byte_limit_counts_what_is_pending_and_a_larger_job_goes_alone(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    store, gate = pinned_store(root, files, max_pending_bytes=8192, save_timeout_s=0.05)
+    with gate:
+        for number in range(2):
+            with pytest.raises(StoreFullError, match="max_pending_bytes"):
+                store.save("large", number, tensors(2, 64 * 1024))
+    store.flush(10)
+    ticket = store.save("large", 1, tensors(2, 64 * 1024))
+    assert ticket.nbytes > 8192
+    ticket.result(10)
+    assert_same(store.load("large", 1), tensors(2, 64 * 1024))
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_a_save_that_waits_goes_on_when_room_comes(root: Path, files: FaultyFileSystem) -> None:
+    store, gate = pinned_store(root, files, max_pending_jobs=1, save_timeout_s=10)
+    with gate, ThreadPoolExecutor(1) as saver:
+        waiting = saver.submit(store.save, "second", 1, tensors(2))
+        gate.open()
+        waiting.result(10).result(10)
+    assert_same(store.load("second", 1), tensors(2))
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_a_session_quota_refuses_before_the_copy_and_cleanup_makes_room_again(root: Path) -> None:
+    store = SnapshotStore(root, StoreOptions(max_session_bytes=64 * 1024))
+    store.save("first", 1, tensors(1, 48 * 1024)).result(10)
+    with pytest.raises(DiskQuotaError, match="max_session_bytes") as caught:
+        store.save("second", 1, tensors(2, 48 * 1024))
+    assert caught.value.limit_bytes == 64 * 1024 and caught.value.used_bytes >= 48 * 1024
+    assert store.stats().rejected == 1
+    assert store.cleanup_request("first").clean
+    deadline_s = time.monotonic() + 10
+    while store.stats().trash_bytes:
+        assert time.monotonic() < deadline_s
+    store.save("second", 1, tensors(2, 48 * 1024)).result(10)
+    assert store.stats().session_bytes >= 48 * 1024
+    assert len(files_below(store.session)) == 1
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_min_free_bytes_refuses_when_the_disk_would_be_too_full(root: Path) -> None:
+    store = SnapshotStore(root, StoreOptions(min_free_bytes=2**62))
+    with pytest.raises(DiskQuotaError, match="min_free_bytes"):
+        store.save("first", 1, tensors(1))
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_staging_buffers_are_reused(root: Path) -> None:
+    store = SnapshotStore(root)
+    for count in range(20):
+        store.save("again", count, tensors(count, 256 * 1024)).result(10)
+    assert 0 < store._engine.pool.idle_bytes <= 2 * 1024 * 1024
+    assert_same(store.load("again", 7), tensors(7, 256 * 1024))
+    assert store.shutdown(cleanup=True).clean
