@@ -95,8 +95,8 @@ class Sweeper:
             try:
                 trashed_bytes = self._rename_aside(life)
             except OSError as error:
-                self._state.not_swept(life, error)
                 self._warn(error)
+                self._state.not_swept(life, error)
             else:
                 self._state.swept(life, trashed_bytes)
 

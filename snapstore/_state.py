@@ -546,6 +546,7 @@ class State:
                 now_s = time.monotonic()
                 if now_s >= deadline_s:
                     raise self._full_locked(key, nbytes, now_s - started_s)
+                self._publish_locked()
                 self._room.wait(deadline_s - now_s)
                 self._refuse_locked(key, nbytes)
                 if not life.alive:

@@ -391,12 +391,12 @@ def _dropped(engine: Engine) -> None:
     """The store was collected. On a thread of its own: collection may strike while this very thread holds the lock."""
     if not engine.belongs_here:
         return
+    threading.Thread(target=engine.let_go, name="snapstore-dropped", daemon=True).start()
     warnings.warn(
         f"a SnapshotStore on {engine.session.root} was dropped without shutdown()",
         ResourceWarning,
         stacklevel=2,
     )
-    threading.Thread(target=engine.let_go, name="snapstore-dropped", daemon=True).start()
 
 
 @atexit.register

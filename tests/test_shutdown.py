@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import time
 import warnings
@@ -13,7 +14,7 @@ import pytest
 from helpers import assert_same, files_below, tensors
 
 import snapstore
-from snapstore import SaveCancelledError, SaveState, SnapshotStore, StoreClosedError, StoreOptions
+from snapstore import SaveCancelledError, SaveState, SaveTicket, SnapshotStore, StoreClosedError, StoreOptions
 from snapstore.testing import FaultyFileSystem
 
 
@@ -94,35 +95,30 @@ def test_shutdown_with_a_pinned_writer_returns_in_time_and_says_what_it_left(
     assert [name for name in files_below(store.session) if name.startswith(".tmp")] == []
 
 
-def test_saves_during_shutdown_either_commit_or_are_refused(root: Path) -> None:
-    committed, refused = 0, 0
-    for _ in range(20):
+def save_until_refused(store: SnapshotStore, number: int, begun: threading.Event) -> list[SaveTicket]:
+    tickets = []
+    for count in itertools.count():
+        try:
+            tickets.append(store.save(f"request-{number}", count, tensors(count, 64)))
+        except StoreClosedError:
+            return tickets
+        begun.set()
+    raise AssertionError("unreachable")
+
+
+@pytest.mark.parametrize("rounds", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_saves_during_shutdown_either_commit_or_are_refused(root: Path, rounds: int) -> None:
+    for _ in range(rounds):
         store = SnapshotStore(root)
-        outcomes: list[object] = []
-        start = threading.Barrier(5)
-
-        def save(number: int, store=store, outcomes=outcomes, start=start) -> None:
-            start.wait()
-            for count in range(20):
-                try:
-                    outcomes.append(store.save(f"request-{number}", count, tensors(count, 64)))
-                except StoreClosedError as error:
-                    outcomes.append(error)
-
-        with ThreadPoolExecutor(4) as savers:
-            done = [savers.submit(save, number) for number in range(4)]
-            start.wait()
+        begun = threading.Event()
+        with ThreadPoolExecutor(16) as savers:
+            done = [savers.submit(save_until_refused, store, number, begun) for number in range(16)]
+            assert begun.wait(10)
             report = store.shutdown(timeout_s=10)
-            for each in done:
-                each.result(10)
+            tickets = [ticket for each in done for ticket in each.result(10)]
         assert report.clean
-        for outcome in outcomes:
-            if isinstance(outcome, StoreClosedError):
-                refused += 1
-            else:
-                assert outcome.state is SaveState.COMMITTED  # type: ignore[attr-defined]
-                committed += 1
-    assert committed and refused
+        assert tickets and all(ticket.state is SaveState.COMMITTED for ticket in tickets)
+        assert store.stats().accepted == store.stats().committed == len(tickets)
 
 
 def test_the_context_manager_drains_and_keeps(root: Path) -> None:
@@ -132,9 +128,10 @@ def test_the_context_manager_drains_and_keeps(root: Path) -> None:
 
 
 def test_a_store_dropped_without_shutdown_warns_once_and_its_threads_end(root: Path) -> None:
+    before = set(threading.enumerate())
     store = SnapshotStore(root)
     store.save("request", 1, tensors(1)).result(10)
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith("snapstore-")]
+    threads = [thread for thread in threading.enumerate() if thread not in before]
     assert len(threads) == 2
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

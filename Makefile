@@ -1,0 +1,68 @@
+# `make help` lists the targets. Needs python3 (3.10 or newer), pip and make; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+ARGS ?=
+BACKEND ?=
+WORKERS ?=
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip --quiet --quiet --no-input --disable-pip-version-check install --constraint constraints.txt
+torch := $(shell grep '^torch==' constraints.txt)
+key := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+ready := $(VENV)/.ready-$(key)
+bench_ready := $(VENV)/.ready-bench-$(key)
+
+.DELETE_ON_ERROR:
+.PHONY: help test check format-check lint types layers format demo bench bench-quick clean
+
+help: ## What there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+test: $(ready) ## The tests; ARGS="-k save" goes to pytest, WORKERS=2 runs two at a time
+	@$(bin)/python -m pytest $(if $(WORKERS),-n $(WORKERS)) $(ARGS)
+
+check: format-check lint types layers ## Formatting, lint, types, layers
+
+format-check: $(ready)
+	@$(bin)/ruff format --check .
+
+lint: $(ready)
+	@$(bin)/ruff check .
+
+types: $(ready)
+	@$(bin)/mypy --strict
+
+layers: $(ready)
+	@$(bin)/python -m pytest --quiet tests/test_layers.py
+
+format: $(ready) ## Format the code and mend what lint can mend
+	@$(bin)/ruff check --fix-only --quiet .
+	@$(bin)/ruff format .
+
+demo: $(ready) ## A small scheduler over a tiny model; BACKEND=mlx for the other framework
+	@$(bin)/python -m snapstore.demo $(if $(BACKEND),--backend $(BACKEND)) $(ARGS)
+
+bench: $(bench_ready) ## The benchmarks; ARGS="save --json out.json" goes to them
+	@$(bin)/python -m bench $(ARGS)
+
+bench-quick: $(bench_ready) ## The benchmarks, each as short as it still means something
+	@$(bin)/python -m bench --quick $(ARGS)
+
+clean: ## Remove the environment and all that the targets made
+	@rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp's name holds a sum of what it was installed from, so nothing is installed twice and a changed pin is noticed.
+# torch is first and alone: which build of it (CPU, CUDA) is up to the machine's index, and nothing after it may choose again.
+$(ready):
+	@$(PYTHON) -c 'import sys; sys.exit("snapstore needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	@echo "setting up $(VENV): minutes the first time" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(pip) '$(torch)'
+	@$(pip) --editable '.[dev]'
+	@rm -f $(VENV)/.ready-* && touch $@
+
+$(bench_ready): $(ready)
+	@$(pip) --editable '.[bench]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Benchmarks of snapstore: named workloads behind ``python -m bench``, each beside its own limit and its peers."""

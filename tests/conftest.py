@@ -1,0 +1,174 @@
+"""For every test: none may leave behind a thread, a descriptor, or a file outside its own folder.
+
+The three checks are autouse, and begin before any other fixture of the test, so they end after all of them. They run in
+this order: files are looked at last, descriptors before, threads first, since a thread that ends gives its descriptors back.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import settings
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+ENDING_S = 2.0
+"""How long a thread that has been told to end may take."""
+
+FRAMEWORK_CACHES = ("mlx", "torchinductor_")
+"""Compiled kernels that mlx and torch keep in the temporary folder, once a process."""
+
+settings.register_profile("local", deadline=None, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Where the test's stores live; not there yet."""
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def deadline() -> Callable[[float], AbstractContextManager[None]]:
+    """``with deadline(0.2): ...`` fails the test if the block took longer."""
+
+    @contextmanager
+    def within(limit_s: float) -> Iterator[None]:
+        started_s = time.monotonic()
+        yield
+        took_s = time.monotonic() - started_s
+        if took_s > limit_s:
+            pytest.fail(f"took {took_s:.3f} s, and {limit_s} s were allowed")
+
+    return within
+
+
+@pytest.fixture
+def eventually() -> Callable[..., None]:
+    """``eventually(lambda: ..., timeout_s=5.0)`` polls until it is true: only for what no event announces."""
+
+    def wait(predicate: Callable[[], object], timeout_s: float = 5.0) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not predicate():
+            if time.monotonic() >= deadline_s:
+                pytest.fail(f"not true after {timeout_s} s")
+            time.sleep(0.002)
+
+    return wait
+
+
+class Elsewhere(NamedTuple):
+    """Where a file lands that is made outside the test's own folder: relative to nothing, or as a temporary one."""
+
+    cwd: Path
+    tmp: Path
+
+    def strays(self) -> list[Path]:
+        """What is there, but for what frameworks keep."""
+        temporary = [path for path in self.tmp.iterdir() if not path.name.startswith(FRAMEWORK_CACHES)]
+        return sorted([*self.cwd.iterdir(), *temporary])
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
+    """An empty working folder and an empty temporary folder, so that whatever appears there is this run's."""
+    base = tmp_path_factory.mktemp("elsewhere")
+    places = Elsewhere(base / "cwd", base / "tmp")
+    for place in places:
+        place.mkdir()
+    return places
+
+
+@pytest.fixture(autouse=True)
+def no_stray_file(elsewhere: Elsewhere) -> Iterator[None]:
+    """Run the test, and its child processes, with those two folders; fail it if it leaves anything there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(elsewhere.cwd)
+        patch.setenv("TMPDIR", str(elsewhere.tmp))
+        patch.setattr(tempfile, "tempdir", str(elsewhere.tmp))
+        # Children are started elsewhere; they import what this process imports.
+        patch.setenv("PYTHONPATH", str(CHECKOUT), prepend=os.pathsep)
+        yield
+    strays = elsewhere.strays()
+    for path in strays:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if strays:
+        pytest.fail("left outside its folder: " + ", ".join(map(str, strays)), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_descriptor(no_stray_file: None) -> Iterator[None]:
+    """Fail a test that leaves a descriptor open, also after a garbage collection."""
+    before = _descriptors()
+    yield
+    if _descriptors() - before:
+        gc.collect()
+    leaked = _descriptors() - before
+    if leaked:
+        shown = "\n".join(f"  {each.fd} -> {each.target()}" for each in sorted(leaked))
+        pytest.fail(f"leaked {len(leaked)} descriptors:\n{shown}", pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_thread(no_leaked_descriptor: None) -> Iterator[None]:
+    """Fail a test whose threads still run a moment after it; one that is ending, a daemon or not, gets that moment."""
+    before = set(threading.enumerate())
+    yield
+    leaked = _still_running(before)
+    if leaked:
+        frames = sys._current_frames()
+        shown = "\n".join(_described(thread, frames) for thread in leaked)
+        pytest.fail(f"leaked {len(leaked)} threads:\n{shown}", pytrace=False)
+
+
+class Descriptor(NamedTuple):
+    """An open descriptor and the file behind it, which keeps its identity when it is renamed."""
+
+    fd: int
+    device: int
+    inode: int
+
+    def target(self) -> str:
+        try:
+            return os.readlink(f"/proc/self/fd/{self.fd}")
+        except OSError:
+            return "closed meanwhile, or not to be known here"
+
+
+def _descriptors() -> set[Descriptor]:
+    found = set()
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError):  # the one that lists the others is closed by now
+            status = os.fstat(int(name))
+            found.add(Descriptor(int(name), status.st_dev, status.st_ino))
+    return found
+
+
+def _still_running(before: set[threading.Thread]) -> list[threading.Thread]:
+    def new() -> list[threading.Thread]:
+        running = sys._current_frames()
+        return [each for each in threading.enumerate() if each not in before and each.ident in running]
+
+    deadline_s = time.monotonic() + ENDING_S
+    if new():
+        gc.collect()  # a store that nobody holds any more ends its threads
+    while new() and time.monotonic() < deadline_s:
+        time.sleep(0.002)
+    return new()
+
+
+def _described(thread: threading.Thread, frames: dict[int, object]) -> str:
+    frame = frames.get(thread.ident or 0)
+    stack = "".join(traceback.format_stack(frame)) if frame else "  (just ended)\n"
+    return f"{thread.name} ({'daemon' if thread.daemon else 'not a daemon'}):\n{stack}"
