@@ -1,6 +1,6 @@
 """Snapshot <-> safetensors bytes, checksums, header-only reads. No framework imports, no disk.
 
-The file is standard safetensors: 8 bytes of length (little-endian), a JSON header padded with spaces, data. What
+The file is standard safetensors: 8 bytes of length (little-endian), JSON padded with spaces, data. What
 snapstore says of the snapshot is in ``__metadata__``, behind a seal that always stands at the same place:
 
     <length>{"__metadata__":{"snapstore.header_checksum":"<16 digits>","snapstore.format":"1",...},"name":...
@@ -83,7 +83,7 @@ class TensorSpec:
 class Layout:
     """Where each tensor lies in the data part of the file: widest elements first, so that all are aligned.
 
-    ``specs``, ``offsets`` and ``sizes`` are in the caller's order; ``file_order`` has their indices by offset.
+    ``specs``, ``offsets``, ``sizes`` are in the caller's order; ``file_order`` lists their indices by offset.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -158,7 +158,7 @@ _HEX = re.compile(r"[0-9a-f]*")
 
 
 def checksums_of(layout: Layout, segments: Sequence[memoryview]) -> str:
-    """xxh3_64 of each tensor, 16 hex digits each, in file order. ``segments``: flat bytes, one for each spec."""
+    """xxh3_64 of each tensor, 16 hex digits each, in file order. ``segments``: flat bytes, as the specs."""
     return checksums(segments[index] for index in layout.file_order)
 
 
@@ -257,7 +257,7 @@ def header_size(prefix: bytes | memoryview, file_size: int) -> int:
 def decode_header(raw: bytes | memoryview, file_size: int) -> Header:
     """Read a whole header (``header_size`` bytes) of a file of ``file_size`` bytes.
 
-    ``SnapshotCorruptError`` for anything that a strict reader would not have written.
+    ``SnapshotCorruptError`` for anything that no writer should have written.
     """
     view = memoryview(raw)
     size = header_size(view[: _PREFIX.size], file_size)

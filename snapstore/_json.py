@@ -1,4 +1,4 @@
-"""JSON without surprises: the user's metadata, which comes back equal, and headers, which are read strictly."""
+"""JSON without surprises: the user's metadata, which comes back equal, and headers, read strictly."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _too_large() -> ValueError:
 
 
 def parse_header(body: memoryview) -> dict[str, Any]:
-    """The object that a safetensors header is: no key twice, only sizes as numbers, no deeper than it has to be."""
+    """The object that a safetensors header is: no key twice, and no number that is not a size."""
     if bytes(body[:1]) != b"{":
         raise SnapshotCorruptError("the header does not begin with '{'")
     try:
@@ -189,7 +189,7 @@ def parse_header(body: memoryview) -> dict[str, Any]:
 
 
 def is_utf8(text: str) -> bool:
-    """False for text with a lone surrogate: Python's JSON reader lets them in, UTF-8 has no bytes for them."""
+    """False for a lone surrogate, which Python's JSON reader lets in and UTF-8 has no bytes for."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ def assert_same(snapshot: Snapshot, expected: dict[str, Any]) -> None:
 
 
 def files_below(path: Path) -> list[str]:
-    """Every snapshot file, temporary file and piece of trash of a session, by its path below it."""
+    """Every snapshot file, temporary file and piece of trash of a session, by its path below it; it may change meanwhile."""
     housekeeping = {"owner.lock", "owner.json"}
     return sorted(
-        each.relative_to(path).as_posix()
-        for each in path.rglob("*")
-        if each.is_file() and each.name not in housekeeping
+        os.path.relpath(os.path.join(folder, name), path)
+        for folder, _, names in os.walk(path)
+        for name in names
+        if name not in housekeeping
     )
 
 
