@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections import deque
 from typing import Any, NoReturn
 
@@ -17,6 +18,8 @@ MAX_METADATA_DEPTH = 100
 
 _SCALARS = frozenset({type(None), bool, int, float, str})
 _JSON_TYPES = _SCALARS | {list, dict}
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 64
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 to_json = json.JSONEncoder(
@@ -157,9 +160,11 @@ def kind_of(item: object) -> str:
 
 
 def shown(item: object) -> str:
-    """``repr``, cut to the length of a message."""
-    text = repr(item)
-    return text if len(text) <= 64 else text[:61] + "..."
+    """``repr`` for a message: short, and bounded in depth, since hostile values come here too."""
+    try:
+        return _REPR.repr(item)
+    except ValueError:  # an int of more digits than Python writes
+        return kind_of(item)
 
 
 def _step(key: str) -> str:

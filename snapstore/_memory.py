@@ -70,7 +70,7 @@ class BufferPool:
 
 def _size_class(nbytes: int) -> int:
     """Round up to one of four sizes an octave, in pages: at most a quarter more than asked for, untouched."""
-    step = max(_PAGE_BYTES, 1 << max(nbytes - 1, 1).bit_length() - 3)
+    step = max(_PAGE_BYTES, (1 << max(nbytes - 1, 0).bit_length()) // 8)
     return -(-max(nbytes, 1) // step) * step
 
 

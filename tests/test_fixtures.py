@@ -1,4 +1,4 @@
-"""The fixtures that every test runs under do catch what they are there for: each leak fails its test, and only that one."""
+"""The fixtures that every test runs under catch what they are there for: each leak fails its test, and no other."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .._types import JSON
-from ._tree import TreeDecoder, TreeEncoder
+from snapstore._types import JSON
+from snapstore.caches._tree import TreeDecoder, TreeEncoder
 
 
 def always(_layer: Any) -> bool:
@@ -166,15 +166,15 @@ def _settings(values: dict[str, Any]) -> str:
 
 
 def _match_form(fresh: object, saved: object, path: str) -> None:
-    """The slots that a constructor made, a list's or a dict's, must be the ones that the snapshot fills."""
-    if not isinstance(fresh, (list, dict)) or not fresh:
-        return
-    same_type = type(saved) is type(fresh)
-    same_slots = len(saved) == len(fresh) if isinstance(saved, list) else saved_keys(saved) == saved_keys(fresh)
-    if not (same_type and same_slots):
-        raise ValueError(f"{path}: the snapshot's slots are not this cache's. Make the cache for the same model")
+    """The slots that a constructor made must be the ones that the snapshot fills. An empty container may grow."""
+    slots = _slots(fresh)
+    if slots and slots != _slots(saved):
+        raise ValueError(
+            f"{path}: the slots in the snapshot are not those of this cache. Make the cache for the same model"
+        )
 
 
-def saved_keys(value: object) -> set[Any]:
-    """The keys of a dict; nothing for anything else."""
-    return set(value) if isinstance(value, dict) else set()
+def _slots(value: object) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value)
+    return list(range(len(value))) if isinstance(value, list) else []

@@ -1,0 +1,125 @@
+"""Save and restore the cache objects of mlx-lm and Hugging Face transformers.
+
+    tensors, metadata = caches.capture(cache)                         # at a boundary, between two forward passes
+    store.save(request_id, token_count, tensors, metadata=metadata)   # before the next one
+
+    cache = caches.restore(store.load(request_id, token_count), make_prompt_cache(model))
+    # or, with transformers:                                    DynamicCache(config=model.config)
+
+The restored cache continues bit for bit as the captured one did.
+
+Supported are mlx-lm cache lists (0.31 and later) and transformers ``Cache`` objects (5 and later), found by the
+module of their class; importing this module imports neither library. Which classes exactly is an allow-list in
+``_mlx_lm`` and ``_transformers``. A file never brings a class back: the cache that is passed in does, and the names in
+a file are only compared with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, Literal, Protocol, TypeVar
+
+from snapstore._types import JSON
+from snapstore.caches import _mlx_lm, _transformers
+from snapstore.caches._tree import TreeDecoder, TreeEncoder
+
+__all__ = ["capture", "restore"]
+
+_KEY = "snapstore.caches"
+_FORMAT = 1
+
+CacheT = TypeVar("CacheT")
+
+
+class SnapshotLike(Protocol):
+    """What :func:`restore` reads: a ``snapstore.Snapshot``, or anything with these two."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """Tensors by the names that :func:`capture` gave them."""
+
+    @property
+    def metadata(self) -> Any:
+        """The metadata that :func:`capture` gave; other keys may have been added beside it."""
+
+
+def capture(
+    cache: Any, *, layers: Literal["all", "non_sliceable"] = "all"
+) -> tuple[dict[str, Any], dict[str, JSON]]:
+    """Take a cache apart into named tensors and a JSON value, for ``SnapshotStore.save``.
+
+    Nothing is copied. The dict and the JSON value are new, but torch tensors are the cache's own, and the next forward
+    pass may write into them: save them before it (``save`` has taken them when it returns). MLX arrays are handles of
+    their own, which later updates of the cache leave alone. Other tensors and other metadata keys may be added.
+
+    ``layers="non_sliceable"`` takes only what could not be had by slicing a longer cache: recurrent and convolution
+    states always, a sliding window only once it is full (until then it is a plain prefix; note that a window which is
+    sliceable at this boundary may be full by the end of the prompt). Within a ``CacheList`` each cache is judged for
+    itself. A transformers layer that is both attention and recurrent is one object, and is taken whole.
+
+    Raises:
+        TypeError: an object that is not on the allow-list, or state that no snapshot can hold.
+        ValueError: ``layers`` is neither of the two words, or the cache can not be captured as it is.
+    """
+    if layers not in ("all", "non_sliceable"):
+        raise ValueError(f"layers must be 'all' or 'non_sliceable', not {layers!r}")
+    library, name = _library(cache)
+    encoder = TreeEncoder(library.TENSORS)
+    record = library.capture(cache, encoder, everything=layers == "all")
+    return encoder.tensors, {_KEY: {"format": _FORMAT, "library": name, "layers": layers, "cache": record}}
+
+
+def restore(snapshot: SnapshotLike, cache: CacheT) -> CacheT:
+    """Fill a fresh cache from a snapshot of :func:`capture`, and return that same cache.
+
+    ``cache`` is made as the engine always makes it (``make_prompt_cache(model)``, ``DynamicCache(config=...)``), for
+    the same model and with the same settings. Its layer objects are filled in place, never replaced, so whoever holds
+    them holds the restored ones. Layers that were not captured stay as they are. All checks come first: after an error
+    the cache is untouched.
+
+    The cache gets memory of its own wherever the library writes in place, so one snapshot can be restored any number
+    of times. torch tensors go to the device that the snapshot was loaded to. A static cache that is initialised
+    already keeps its addresses (a compiled step stays valid) and is written into.
+
+    Raises:
+        ValueError: the metadata is not from :func:`capture`, or was captured from a different kind of cache.
+        TypeError: the tensors were loaded for another framework, or ``cache`` is not on the allow-list.
+    """
+    library, name = _library(cache)
+    record = _record(snapshot.metadata, name)
+    library.restore(cache, record, TreeDecoder(library.TENSORS, snapshot.tensors))
+    return cache
+
+
+def _library(cache: object) -> tuple[ModuleType, str]:
+    """The module that knows this cache, and the library's name."""
+    roots = {base.__module__.partition(".")[0] for base in type(cache).__mro__}
+    if "transformers" in roots:
+        return _transformers, "transformers"
+    if isinstance(cache, (list, tuple)) and any(layer is not None for layer in cache):
+        return _mlx_lm, "mlx-lm"
+    raise TypeError(
+        f"a {type(cache).__module__}.{type(cache).__qualname__} is neither an mlx-lm cache list with a layer in it "
+        "nor a transformers Cache"
+    )
+
+
+def _record(metadata: object, library: str) -> JSON:
+    """The record inside the metadata, if it is one for this library and this version."""
+    envelope = metadata.get(_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(envelope, dict):
+        raise ValueError(
+            f"the snapshot's metadata has no {_KEY!r}: save it with the metadata that snapstore.caches.capture returned"
+        )
+    if envelope.get("format") != _FORMAT:
+        raise ValueError(
+            f"the snapshot has format {envelope.get('format')!r} of snapstore.caches, and this version reads {_FORMAT}: "
+            "restore with the version of snapstore that captured it"
+        )
+    if envelope.get("library") != library:
+        raise ValueError(
+            f"the snapshot holds a cache of {envelope.get('library')!r}, and this is one of {library!r}: "
+            "restore it into the kind of cache that it was captured from"
+        )
+    return envelope.get("cache")
