@@ -48,7 +48,6 @@ class Ending:
 
     remove: bool = False
     remove_if_empty: bool = False
-    release: bool = True
     give_up_s: float = math.inf
     removed: bool = False
     errors: list[str] = field(default_factory=list)
@@ -87,8 +86,7 @@ class Sweeper:
                 "shutdown's time ended before the trash was empty; the next store frees it"
             )
         finally:
-            if self.ending.release:
-                self._session.release()
+            self._session.release()
 
     def _sweep(self, lives: list[Life]) -> None:
         for life in lives:

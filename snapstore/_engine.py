@@ -6,6 +6,7 @@ So a store that is dropped without shutdown can be collected, and its threads en
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -129,12 +130,16 @@ class Engine:
         )
 
     def _end_sweeper(self, cleanup: bool, deadline_s: float) -> Ending:
-        """With the writer gone the sweeper removes the session and gives up its lock; with the writer stuck, neither."""
+        """The sweeper is the last to leave: it removes the session and gives up its lock, once the writer is gone.
+
+        With the writer stuck that is after this shutdown has returned, or never.
+        """
         gone = not self._writer_thread.is_alive()
-        ending = Ending(remove=cleanup and gone, remove_if_empty=gone, release=gone, give_up_s=deadline_s)
+        ending = Ending(remove=cleanup, remove_if_empty=True, give_up_s=deadline_s if gone else math.inf)
         self._sweeper.ending = ending
-        self.state.end_sweeper()
-        self._sweeper_thread.join(_left(deadline_s))
+        self.state.end_sweeper(after_writer=True)
+        if gone:
+            self._sweeper_thread.join(_left(deadline_s))
         return ending
 
     def _errors(self, ending: Ending, abandoned: tuple[SnapshotKey, ...]) -> tuple[str, ...]:
@@ -144,7 +149,7 @@ class Engine:
                 "the writer thread is stuck in a disk operation; its memory and the session's lock are kept "
                 f"until the process ends ({len(abandoned)} saves abandoned)"
             )
-        if self._sweeper_thread.is_alive():
+        elif self._sweeper_thread.is_alive():
             errors.append(
                 "the sweeper thread is stuck in a disk operation; what it removes is left to the next store"
             )

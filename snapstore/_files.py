@@ -10,11 +10,15 @@ import errno
 import fcntl
 import os
 import stat
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 IOV_MAX = 1024
 """Most buffers in one ``writev`` (Linux and macOS)."""
+
+TREE_DEPTH_MAX = 64
+"""Deepest tree that is walked: ours have three levels, and each takes a descriptor and some stack."""
 
 
 class FileSystem:
@@ -29,14 +33,23 @@ class FileSystem:
         """The directories above ``path``, with the modes that the umask leaves; they are not ours to tighten."""
         os.makedirs(os.path.dirname(path), exist_ok=True)
 
-    def create(self, path: str) -> int:
-        """A new file of mode 0600, open for writing."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    def create(self, path: str, *, dir_fd: int | None = None) -> int:
+        """A new file of mode 0600, whatever the umask, open for writing."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return _private(os.open(path, flags, 0o600, dir_fd=dir_fd))
 
-    def open_lock(self, path: str, *, create: bool) -> int:
+    def open_lock(self, path: str, *, create: bool, dir_fd: int | None = None) -> int:
         """A lock file, open for reading and writing; made if ``create``."""
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        return os.open(path, flags | (os.O_CREAT if create else 0), 0o600)
+        if not create:
+            return os.open(path, flags, dir_fd=dir_fd)
+        return _private(os.open(path, flags | os.O_CREAT, 0o600, dir_fd=dir_fd))
+
+    def tighten(self, fd: int) -> None:
+        """Take from group and others whatever they may do with an open file or directory."""
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        if mode & 0o077:
+            os.fchmod(fd, mode & 0o700)
 
     def open_read(self, path: str, *, dir_fd: int | None = None) -> int:
         """A regular file, open for reading; anything else (a link, a FIFO, a device) is refused without waiting."""
@@ -72,9 +85,17 @@ class FileSystem:
     def close(self, fd: int) -> None:
         os.close(fd)
 
-    def rename(self, source: str, destination: str) -> None:
+    def rename(
+        self, source: str, destination: str, *, from_fd: int | None = None, to_fd: int | None = None
+    ) -> None:
         """Atomic on one file system; replaces a file, never a directory that has something in it."""
-        os.rename(source, destination)
+        os.rename(source, destination, src_dir_fd=from_fd, dst_dir_fd=to_fd)
+
+    def link(
+        self, source: str, destination: str, *, from_fd: int | None = None, to_fd: int | None = None
+    ) -> None:
+        """A second name for a file. ``FileExistsError`` where there is one already: it replaces nothing."""
+        os.link(source, destination, src_dir_fd=from_fd, dst_dir_fd=to_fd, follow_symlinks=False)
 
     def unlink(self, path: str, *, dir_fd: int | None = None) -> None:
         os.unlink(path, dir_fd=dir_fd)
@@ -101,10 +122,68 @@ class FileSystem:
             return False
         return True
 
-    def free_bytes(self, path: str) -> int:
-        """Bytes that this user can still write below ``path``."""
+    def free_bytes(self, path: str | int) -> int:
+        """Bytes that this user can still write below ``path``, which may be an open directory."""
         space = os.statvfs(path)
         return space.f_bavail * space.f_frsize
+
+    def resolve(self, path: str) -> str:
+        """The absolute path without any link in it."""
+        return os.path.realpath(path)
+
+    def first_hole(self, fd: int, offset: int) -> int:
+        """Where, from ``offset`` on, the first bytes lie that were never written; the file's end if none do."""
+        return os.lseek(fd, offset, os.SEEK_HOLE)
+
+    def tells_mounts(self) -> bool:
+        """False where two mounts of one file system can not be told apart: on Linux, without ``/proc``."""
+        return sys.platform != "linux" or os.path.isdir("/proc/self/fdinfo")
+
+    def mount_id(self, fd: int) -> int:
+        """The mount that an open file was reached through; its device, where mounts can not be told apart.
+
+        Differs also between two mounts of one file system, where ``st_dev`` does not. The kernel says it of the open
+        file, so nothing can be mounted or moved between the look and the use.
+        """
+        if sys.platform == "linux" and self.tells_mounts():
+            for line in _read_proc(f"/proc/self/fdinfo/{fd}").splitlines():
+                if line.startswith("mnt_id:"):
+                    return int(line.removeprefix("mnt_id:"))
+        return os.fstat(fd).st_dev
+
+    def file_system_type(self, fd: int) -> str:
+        """Name of the file system that an open file is on (``ext4``, ``nfs4``, ...); empty where it is not to be known."""
+        if sys.platform != "linux":
+            return ""
+        mount = str(self.mount_id(fd))
+        for line in _read_proc("/proc/self/mountinfo").splitlines():
+            fields, _, described = line.partition(" - ")
+            if fields.split(" ", 1)[0] == mount:
+                return described.split(" ", 1)[0]
+        return ""
+
+
+def _private(fd: int) -> int:
+    """A file that was just made, of mode 0600 also where the umask took more away. The check costs no trip to the disk."""
+    try:
+        if stat.S_IMODE(os.fstat(fd).st_mode) != 0o600:
+            os.fchmod(fd, 0o600)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _read_proc(path: str) -> str:
+    """A whole file of ``/proc``, which is text that the kernel makes up as it is read."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = []
+        while part := os.read(fd, 64 * 1024):
+            parts.append(part)
+        return os.fsdecode(b"".join(parts))
+    finally:
+        os.close(fd)
 
 
 @contextmanager
@@ -152,6 +231,39 @@ def disk_bytes(status: os.stat_result) -> int:
     return status.st_blocks * 512
 
 
+FileIdentity = tuple[int, int]
+"""Device and inode: what a file is, whatever it is called."""
+
+
+def identity_of(status: os.stat_result) -> FileIdentity:
+    return status.st_dev, status.st_ino
+
+
+def close_if_it_is(fd: int, identity: FileIdentity) -> None:
+    """Close ``fd`` if it is open on that very file. For a child that was just forked, which has one thread."""
+    try:
+        if identity_of(os.fstat(fd)) == identity:
+            os.close(fd)
+    except OSError:
+        return  # it is not open at all
+
+
+def close_copies(path: str, dir_fd: int | None) -> None:
+    """Close whatever descriptor is open on the file at ``path``. For a child that was just forked, which has one thread."""
+    try:
+        identity = identity_of(os.stat(path, dir_fd=dir_fd, follow_symlinks=False))
+        numbers = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:
+        return  # the file is gone, or was not made yet
+    for fd in numbers:
+        close_if_it_is(fd, identity)
+
+
+def freed_by_unlinking(status: os.stat_result) -> int:
+    """Bytes of disk that come free with this name: none while the file has another one."""
+    return disk_bytes(status) if status.st_nlink == 1 else 0
+
+
 def remove_tree(
     files: FileSystem,
     path: str,
@@ -159,32 +271,49 @@ def remove_tree(
     dir_fd: int | None = None,
     between: Callable[[], None] = lambda: None,
     keep_last: str | None = None,
+    depth: int = TREE_DEPTH_MAX,
 ) -> tuple[int, list[OSError]]:
     """Remove a directory and all in it, by descriptor, following no link. Bytes of disk freed, and what would not go.
 
     ``between`` is called before each removal: slow deletions let urgent work through there. What is gone already is
-    fine; what will not go is reported and passed over. ``keep_last`` names a file of the top directory that goes last.
+    fine; what will not go is reported and passed over: so are other file systems mounted below, and what is nested
+    too deep. ``keep_last`` names a file of the top directory that goes last, and stays as long as anything else does.
     """
     freed, errors = 0, []
     try:
-        fd = files.open_directory(path, dir_fd=dir_fd)
+        with opened(files, open_within(files, path, dir_fd, depth)) as fd:
+            for name in sorted(files.names(fd), key=lambda name: name == keep_last):
+                if name == keep_last and errors:
+                    break
+                between()
+                more, wrong = _remove_entry(files, name, fd, between, depth)
+                freed += more
+                errors += wrong
     except FileNotFoundError:
-        return 0, []
+        return freed, errors
     except OSError as error:
-        return 0, [error]
-    with opened(files, fd):
-        names = files.names(fd)
-        for name in sorted(names, key=lambda name: name == keep_last):
-            between()
-            more, wrong = _remove_entry(files, name, fd, between)
-            freed += more
-            errors += wrong
-    errors += _tolerating_absence(lambda: files.remove_directory(path, dir_fd=dir_fd))
+        errors.append(error)
+    if not errors:
+        errors += _tolerating_absence(lambda: files.remove_directory(path, dir_fd=dir_fd))
     return freed, errors
 
 
+def open_within(files: FileSystem, path: str, dir_fd: int | None, depth: int = TREE_DEPTH_MAX) -> int:
+    """Open a directory below an open one: through no link, and not where another file system is mounted."""
+    if depth <= 0:
+        raise OSError(errno.ELOOP, "directories are nested too deep here", path)
+    fd = files.open_directory(path, dir_fd=dir_fd)
+    try:
+        if dir_fd is not None and files.mount_id(fd) != files.mount_id(dir_fd):
+            raise OSError(errno.EXDEV, "another file system is mounted here", path)
+    except BaseException:
+        files.close(fd)
+        raise
+    return fd
+
+
 def _remove_entry(
-    files: FileSystem, name: str, dir_fd: int, between: Callable[[], None]
+    files: FileSystem, name: str, dir_fd: int, between: Callable[[], None], depth: int
 ) -> tuple[int, list[OSError]]:
     try:
         status = files.status_at(name, dir_fd=dir_fd)
@@ -193,9 +322,9 @@ def _remove_entry(
     except OSError as error:
         return 0, [error]
     if stat.S_ISDIR(status.st_mode):
-        return remove_tree(files, name, dir_fd=dir_fd, between=between)
+        return remove_tree(files, name, dir_fd=dir_fd, between=between, depth=depth - 1)
     wrong = _tolerating_absence(lambda: files.unlink(name, dir_fd=dir_fd))
-    return (0 if wrong else disk_bytes(status)), wrong
+    return (0 if wrong else freed_by_unlinking(status)), wrong
 
 
 def _tolerating_absence(action: Callable[[], None]) -> list[OSError]:

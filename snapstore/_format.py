@@ -43,9 +43,11 @@ __all__ = [
     "Facts",
     "Header",
     "Layout",
+    "NewerFormatError",
     "TensorSpec",
     "check_specs",
     "checksums_of",
+    "compare_checksums",
     "decode_header",
     "decode_metadata",
     "encode_header",
@@ -64,6 +66,10 @@ ITEM_BYTES = {
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 """Bytes of one element, by safetensors' dtype name. (safetensors 0.8 `Dtype`, whole-byte ones.)"""
+
+
+class NewerFormatError(SnapshotCorruptError):
+    """Nothing is wrong with the file; this version can not read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +170,13 @@ def checksums_of(layout: Layout, segments: Sequence[memoryview]) -> str:
 
 def verify_checksums(header: Header, segments: Sequence[memoryview]) -> None:
     """``SnapshotCorruptError`` naming the first tensor that is not as it was written. No checksums: fine."""
-    if header.checksums is None:
-        return
-    found = checksums_of(header.layout, segments)
-    if found == header.checksums:
+    if header.checksums is not None:
+        compare_checksums(header, checksums_of(header.layout, segments))
+
+
+def compare_checksums(header: Header, found: str) -> None:
+    """``SnapshotCorruptError`` naming the first tensor whose checksum is another. No checksums: fine."""
+    if header.checksums is None or found == header.checksums:
         return
     for position, index in enumerate(header.layout.file_order):
         own = slice(position * DIGITS, (position + 1) * DIGITS)
@@ -295,7 +304,7 @@ def _refuse_surrogates(table: Mapping[str, Any], metadata: Mapping[str, str]) ->
 def _check_format(metadata: Mapping[str, str]) -> None:
     version = _whole(metadata, _FORMAT)
     if version > FORMAT_VERSION:
-        raise SnapshotCorruptError(
+        raise NewerFormatError(
             f"written by a newer snapstore (format {version}), this one reads up to {FORMAT_VERSION}: "
             "upgrade snapstore"
         )

@@ -108,18 +108,15 @@ def _why_not_plain(value: object) -> TypeError | ValueError:
         wrong = _wrong_with(where, item)
         if wrong is not None:
             return wrong
-        if type(item) is list:
-            below = [(f"{where}[{index}]", child, depth + 1) for index, child in enumerate(item)]
-        elif type(item) is dict:
-            below = [(where + _step(key), child, depth + 1) for key, child in item.items()]
-        else:
+        if type(item) is not list and type(item) is not dict:
             continue
         if depth > MAX_METADATA_DEPTH:
             return ValueError(f"{where}: nested deeper than {MAX_METADATA_DEPTH} lists and dicts; flatten it")
-        seen += len(below)
+        seen += len(item)
         if seen > MAX_METADATA_BYTES:
             break
-        queue += below
+        steps = item.items() if type(item) is dict else enumerate(item)
+        queue += [(where + _step(step), child, depth + 1) for step, child in steps]
     return _too_large()
 
 
@@ -167,8 +164,10 @@ def shown(item: object) -> str:
         return kind_of(item)
 
 
-def _step(key: str) -> str:
-    return f".{key}" if key.isidentifier() and len(key) <= 64 else f"[{shown(key)}]"
+def _step(step: str | int) -> str:
+    if type(step) is str and step.isidentifier() and len(step) <= 64:
+        return f".{step}"
+    return f"[{shown(step)}]" if type(step) is str else f"[{step}]"
 
 
 def _too_large() -> ValueError:
@@ -181,7 +180,7 @@ def _too_large() -> ValueError:
 
 
 def parse_header(body: memoryview) -> dict[str, Any]:
-    """The object that a safetensors header is: no key twice, and no number that is not a size."""
+    """The object that a safetensors header is: no key twice, and no int that is not a size."""
     if bytes(body[:1]) != b"{":
         raise SnapshotCorruptError("the header does not begin with '{'")
     try:
@@ -219,11 +218,9 @@ def _size(digits: str) -> int:
     return int(digits)
 
 
-def _refuse(number: str) -> NoReturn:
-    raise ValueError(f"{shown(number)} has no place here")
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
 
 
 _METADATA_READER = json.JSONDecoder(parse_constant=_refuse)
-_HEADER_READER = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_int=_size, parse_float=_refuse, parse_constant=_refuse
-)
+_HEADER_READER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_size)

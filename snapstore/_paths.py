@@ -6,6 +6,7 @@
     ROOT/<session>/.tmp/<random>                        being written
     ROOT/<session>/.trash/<random>                      forgotten, bytes not yet freed
     ROOT/.new-<random>, ROOT/.dead-<random>             a session being made, a session being deleted
+    ROOT/.quarantine/<session>.<hash>.g<generation>.<random>.<tokens>.safetensors    corrupt, moved aside by ``verify``
 
 A request id is any text; only its hash is ever part of a name. Paths are plain ``str``: they are built for each
 save, and a ``Path`` costs more than the rename.
@@ -19,6 +20,7 @@ import re
 import secrets
 import time
 from dataclasses import dataclass
+from datetime import datetime, timezone
 
 MARKER = ".snapstore"
 OWNER_RECORD = "owner.json"
@@ -29,7 +31,7 @@ QUARANTINE = ".quarantine"
 SUFFIX = ".safetensors"
 
 _NEW, _DEAD = ".new-", ".dead-"
-_SESSION = re.compile(r"\d{8}T\d{6}Z-(\d+)-[0-9a-f]{8}", re.ASCII)
+_SESSION = re.compile(r"(\d{4})(\d\d)(\d\d)T(\d\d)(\d\d)(\d\d)Z-\d+-[0-9a-f]{8}", re.ASCII)
 _GENERATION = re.compile(r"([0-9a-f]{32})\.g([1-9]\d{0,18}|0)", re.ASCII)
 _SNAPSHOT = re.compile(r"(0|[1-9]\d{0,18})" + re.escape(SUFFIX), re.ASCII)
 
@@ -70,8 +72,29 @@ def new_session_name(now_s: float, pid: int) -> str:
     return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now_s))}-{pid}-{secrets.token_hex(4)}"
 
 
+def staged_marker_name() -> str:
+    """The marker before it gets its name."""
+    return f"{MARKER}.{secrets.token_hex(12)}"
+
+
+def is_staged_marker_name(name: str) -> bool:
+    return name.startswith(MARKER + ".")
+
+
 def is_session_name(name: str) -> bool:
     return _SESSION.fullmatch(name) is not None
+
+
+def session_opened_at(name: str) -> int | None:
+    """When a session was opened, by its name: seconds since 1970; ``None`` for a time that never was."""
+    match = _SESSION.fullmatch(name)
+    if match is None:
+        return None
+    try:
+        year, month, day, hour, minute, second = map(int, match.groups())
+        return int(datetime(year, month, day, hour, minute, second, tzinfo=timezone.utc).timestamp())
+    except ValueError:
+        return None
 
 
 def unborn_session_name() -> str:
@@ -87,6 +110,11 @@ def dead_session_name() -> str:
 def is_unfinished_session_name(name: str) -> bool:
     """True for a session directory being made or being deleted (or left so by a crash)."""
     return name.startswith((_NEW, _DEAD))
+
+
+def quarantine_name(session: str, generation: str, snapshot: str) -> str:
+    """Where a corrupt snapshot goes in ``.quarantine``: it tells where it came from, and is not taken."""
+    return f"{session}.{generation}.{secrets.token_hex(4)}.{snapshot}"
 
 
 def random_name() -> str:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from xxhash import xxh3_64
+
+from snapstore._checksum import DIGITS
 from snapstore._errors import SnapshotCorruptError
 from snapstore._files import FileSystem, opened, read_exactly
-from snapstore._format import Facts, Header, decode_header, header_size, verify_checksums
+from snapstore._format import (
+    Facts,
+    Header,
+    compare_checksums,
+    decode_header,
+    header_size,
+    verify_checksums,
+)
 from snapstore._memory import allocate, segments_of
 from snapstore._types import SnapshotKey
 
@@ -31,6 +43,29 @@ def read_data(files: FileSystem, fd: int, header: Header, *, verify: bool) -> me
     if verify:
         verify_checksums(header, segments_of(header.layout, buffer))
     return buffer
+
+
+def check_data(
+    files: FileSystem, fd: int, header: Header, buffer: memoryview, on_read: Callable[[int], None]
+) -> None:
+    """Read the data part through ``buffer`` and compare it with its checksums, where the file has any.
+
+    ``SnapshotCorruptError`` as from ``read_data``, in memory that does not grow with the file. ``on_read`` hears of
+    the bytes of each read.
+    """
+    layout, found = header.layout, []
+    for index in layout.file_order:
+        digest = xxh3_64()
+        offset, left = header.data_offset + layout.offsets[index], layout.sizes[index]
+        while left:
+            count = read_exactly(files, fd, buffer[: min(left, len(buffer))], offset)
+            if count == 0:
+                raise SnapshotCorruptError(f"the file ends {left} bytes before the end of its tensors")
+            digest.update(buffer[:count])
+            offset, left = offset + count, left - count
+            on_read(count)
+        found.append(digest.hexdigest())
+    compare_checksums(header, "".join(found))
 
 
 def read_snapshot(

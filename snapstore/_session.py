@@ -1,4 +1,4 @@
-"""Session directories: make, hold, adopt, reclaim, leave.
+"""Session directories: make, hold, reclaim, leave.
 
 A session becomes visible under its name only with its lock held. A reclaimer takes the lock without waiting, checks that
 the path still names the file that it locked, renames the directory aside, deletes, the lock file last; so each leftover
@@ -15,34 +15,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from snapstore import _paths
-from snapstore._errors import RootError, SnapshotCorruptError
-from snapstore._files import FileSystem, disk_bytes, opened, read_exactly, remove_tree
+from snapstore._errors import RootError
+from snapstore._files import FileSystem, opened, read_exactly, remove_tree
 from snapstore._owner import OwnerLock, OwnerRecord, read_record
 from snapstore._paths import join
-from snapstore._reader import read_header
 
 MARKER_FORMAT = 1
-_MAKE_ATTEMPTS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A snapshot of a dead session that this store has made its own."""
-
-    request_id: str
-    token_count: int
-    generation: int
-    path: str
-    nbytes: int
-    disk_bytes: int
+_ATTEMPTS = 16
 
 
 @dataclass(slots=True)
 class Budget:
-    """Bounds of one reclaim: how many sessions, and until when (monotonic seconds)."""
+    """Bounds of one reclaim, and what it did: how many sessions, until when (monotonic seconds), which ones not."""
 
     sessions: int
     deadline_s: float
+    spare: frozenset[str] = frozenset()
+    gone: int = 0
     errors: list[OSError] = field(default_factory=list)
 
     @property
@@ -62,14 +51,18 @@ class Session:
         self.trash = join(path, _paths.TRASH)
 
     @classmethod
-    def open(cls, files: FileSystem, root: str) -> Session:
-        """Make the root if it is missing, and a new session in it. Blocks for the disk; ``RootError`` if it can not be."""
+    def open(cls, files: FileSystem, root: str, *, durable: bool = False) -> Session:
+        """Make the root if it is missing, and a new session in it. Blocks for the disk; ``RootError`` if it can not be.
+
+        ``durable``: the session outlives a power cut from here on.
+        """
         try:
             prepare_root(files, root)
-            for _ in range(_MAKE_ATTEMPTS):
-                session = cls._make(files, root)
-                if session is not None:
-                    return session
+            for _ in range(_ATTEMPTS):
+                built = _build(files, root, durable)
+                if built is not None:
+                    return cls._name(files, root, *built, durable)
+            check_root(files, root)
         except RootError:
             raise
         except OSError as error:
@@ -77,26 +70,17 @@ class Session:
         raise root_error(root, "other processes took every session that was being made", errno.EBUSY)
 
     @classmethod
-    def _make(cls, files: FileSystem, root: str) -> Session | None:
-        """``None``: a reclaimer took the directory for an abandoned one before its lock was held."""
-        unborn = join(root, _paths.unborn_session_name())
-        files.make_directory(unborn)
-        try:
-            lock = OwnerLock.take(files, unborn, create=True)
-        except FileNotFoundError:
-            return None
-        if lock is None:
-            return None
-        record = OwnerRecord.of_this_process()
+    def _name(
+        cls, files: FileSystem, root: str, unborn: str, lock: OwnerLock, record: OwnerRecord, durable: bool
+    ) -> Session:
         path = join(root, _paths.new_session_name(record.opened_at_s, record.pid))
         try:
-            _write_file(files, join(unborn, _paths.OWNER_RECORD), record.to_json())
-            files.make_directory(join(unborn, _paths.TEMPORARY))
-            files.make_directory(join(unborn, _paths.TRASH))
             files.rename(unborn, path)
+            if durable:
+                files.sync_directory(root)
         except BaseException:
-            remove_tree(files, unborn, keep_last=_paths.OWNER_LOCK)
-            lock.release()
+            _unmake(files, path, None)
+            _unmake(files, unborn, lock)
             raise
         return cls(files, root, path, lock)
 
@@ -113,9 +97,29 @@ class Session:
         return join(self.trash, _paths.random_name())
 
     def mend(self) -> None:
-        """Make the working directories again, should somebody have removed them. ``OSError`` if it can not be."""
-        for path in (self.temporary, self.trash):
-            _make_directory_if_missing(self._files, path)
+        """Make again what somebody removed: the working directories, or all of it. ``OSError`` if it can not be.
+
+        A root without its marker is not filled again: the disk that it was on may just not be mounted.
+        """
+        try:
+            for path in (self.temporary, self.trash):
+                _make_directory_if_missing(self._files, path)
+        except FileNotFoundError:
+            self._make_again()
+
+    def _make_again(self) -> None:
+        check_root(self._files, self.root)
+        built = _build(self._files, self.root, durable=False)
+        if built is None:
+            return
+        unborn, lock, _ = built
+        try:
+            self._files.rename(unborn, self.path)
+        except BaseException:
+            _unmake(self._files, unborn, lock)
+            raise
+        of_the_lost_one, self._lock = self._lock, lock
+        of_the_lost_one.release()
 
     def remove(self, between: Callable[[], None]) -> list[OSError]:
         """Remove the directory, the lock file last. What would not go stays for a reclaimer."""
@@ -130,46 +134,45 @@ class Session:
 
     def is_empty(self) -> bool:
         """True if no snapshot and no trash is left in it."""
-        names = set(self._files.names(self.path))
         housekeeping = {_paths.TEMPORARY, _paths.TRASH, _paths.OWNER_LOCK, _paths.OWNER_RECORD}
-        return names <= housekeeping and not self._files.names(self.trash)
+        try:
+            return set(self._files.names(self.path)) <= housekeeping and not self._files.names(self.trash)
+        except FileNotFoundError:
+            return not _exists(self._files, self.path)
 
     def release(self) -> None:
         """Give the ownership up. Twice is fine."""
         self._lock.release()
 
-    def adopt(self) -> Iterator[Found]:
-        """Move committed snapshots of dead sessions here, newest session first; of a request, one life only.
 
-        Files are checked by header, size and identity; what is torn or foreign stays behind, to be reclaimed.
-        """
-        taken: set[str] = set()
-        for dead in dead_sessions(self._files, self.root, newest_first=True):
-            try:
-                for name in _generations(self._files, dead.path):
-                    yield from self._adopt_generation(dead.path, name, taken)
-            finally:
-                dead.lock.release()
+def _build(files: FileSystem, root: str, durable: bool) -> tuple[str, OwnerLock, OwnerRecord] | None:
+    """A session that nobody can see yet, its lock held. ``None``: a reclaimer took it for an abandoned one before that."""
+    unborn = join(root, _paths.unborn_session_name())
+    lock: OwnerLock | None = None
+    try:
+        files.make_directory(unborn)
+        lock = OwnerLock.take(files, unborn, create=True)
+        if lock is None:
+            return None
+        record = OwnerRecord.of_this_process()
+        _write_file(files, join(unborn, _paths.OWNER_RECORD), record.to_json(), durable=durable)
+        files.make_directory(join(unborn, _paths.TEMPORARY))
+        files.make_directory(join(unborn, _paths.TRASH))
+        if durable:
+            files.sync_directory(unborn)
+    except FileNotFoundError:
+        _unmake(files, unborn, lock)
+        return None
+    except BaseException:
+        _unmake(files, unborn, lock)
+        raise
+    return unborn, lock, record
 
-    def _adopt_generation(self, session: str, name: str, taken: set[str]) -> list[Found]:
-        parsed = _paths.parse_generation_name(name)
-        assert parsed is not None
-        if parsed.request_hash in taken:
-            return []
-        directory = join(session, name)
-        found = list(_sound_snapshots(self._files, directory, name))
-        sound = {_paths.snapshot_name(each.token_count) for each in found}
-        for other in self._files.names(directory):
-            if other not in sound:
-                self._files.rename(join(directory, other), self.trash_path())
-        if found:
-            taken.add(parsed.request_hash)
-            self._files.rename(directory, join(self.path, name))
-        return [
-            Found(each.request_id, each.token_count, each.generation,
-                  join(self.path, name, _paths.snapshot_name(each.token_count)), each.nbytes, each.disk_bytes)
-            for each in found
-        ]  # fmt: skip
+
+def _unmake(files: FileSystem, path: str, lock: OwnerLock | None) -> None:
+    remove_tree(files, path, keep_last=_paths.OWNER_LOCK)
+    if lock is not None:
+        lock.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,20 +183,109 @@ class DeadSession:
     lock: OwnerLock
 
 
-def prepare_root(files: FileSystem, root: str) -> None:
-    """Make the root and its marker, or see that it is ours."""
+def dead_sessions(files: FileSystem, root: str, *, newest_first: bool = False) -> Iterator[DeadSession]:
+    """Each session of a dead owner, with its lock taken: whoever gets one from here is alone with it, and releases it."""
+    dated = []
+    for name in filter(_paths.is_session_name, files.names(root)):
+        record = read_record(files, join(root, name))
+        if record is not None and record.same_machine:
+            dated.append((record.opened_at_s, name))
+    for _, name in sorted(dated, reverse=newest_first):
+        lock = _try_lock(files, join(root, name))
+        if lock is not None:
+            yield DeadSession(join(root, name), lock)
+
+
+def reclaim(files: FileSystem, root: str, budget: Budget, between: Callable[[], None]) -> None:
+    """Remove the sessions of dead owners, and what crashes left half-made or half-removed.
+
+    Blocks for the disk; ``between`` is called before each removal, and may raise to stop. What was done, and what went
+    wrong, is in the budget.
+    """
+    for dead in dead_sessions(files, root):
+        try:
+            if budget.spent:
+                return
+            if dead.path not in budget.spare:
+                _delete(files, root, dead, budget, between)
+        finally:
+            dead.lock.release()
+    for name in files.names(root):
+        if budget.spent:
+            return
+        if _paths.is_unfinished_session_name(name):
+            _reclaim_unfinished(files, join(root, name), budget, between)
+        elif _paths.is_staged_marker_name(name):
+            _remove_staged_marker(files, join(root, name), budget)
+
+
+def _delete(
+    files: FileSystem, root: str, dead: DeadSession, budget: Budget, between: Callable[[], None]
+) -> None:
+    aside = join(root, _paths.dead_session_name())
     try:
-        files.make_directory(root)
-    except FileExistsError:
-        pass
+        files.rename(dead.path, aside)
+    except OSError as error:
+        budget.errors.append(error)
+        return
+    _empty(files, aside, budget, between)
+
+
+def _empty(files: FileSystem, path: str, budget: Budget, between: Callable[[], None]) -> None:
+    budget.sessions -= 1
+    errors = remove_tree(files, path, between=between, keep_last=_paths.OWNER_LOCK)[1]
+    budget.errors += errors
+    budget.gone += not errors
+
+
+def _reclaim_unfinished(
+    files: FileSystem, path: str, budget: Budget, between: Callable[[], None]
+) -> None:
+    """A ``.new-`` or ``.dead-`` directory: empty ones go at once (a maker tries again), others under their lock."""
+    try:
+        files.remove_directory(path)
+        return
     except FileNotFoundError:
-        files.make_parents(root)
-        _make_directory_if_missing(files, root)
+        return
+    except OSError:
+        record = read_record(files, path)
+    if record is not None and not record.same_machine:
+        return
+    lock = _try_lock(files, path)
+    if lock is None:
+        return
+    try:
+        _empty(files, path, budget, between)
+    finally:
+        lock.release()
+
+
+def _remove_staged_marker(files: FileSystem, path: str, budget: Budget) -> None:
+    """Of a process that died before it could rename it; one that lives makes it again."""
+    try:
+        files.unlink(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        budget.errors.append(error)
+
+
+def _try_lock(files: FileSystem, path: str) -> OwnerLock | None:
+    try:
+        return OwnerLock.take(files, path, create=False)
+    except OSError:
+        return None  # no lock file, or no lock support here: not provably dead
+
+
+def prepare_root(files: FileSystem, root: str) -> None:
+    """Make the root and its marker, or see that it is ours. A root that a store has made is kept private."""
+    made = _make_root(files, root)
     check_root(files, root, may_be_empty=True)
-    if _paths.MARKER not in files.names(root):
-        staged = join(root, f"{_paths.MARKER}.{_paths.random_name()}")
-        _write_file(files, staged, json.dumps({"format": MARKER_FORMAT}).encode())
-        files.rename(staged, join(root, _paths.MARKER))
+    if made or not _exists(files, join(root, _paths.MARKER)):
+        _write_marker(files, root, made=made)
+    elif _read_marker(files, root).get("made_root") is True:
+        with opened(files, files.open_directory(root)) as fd:
+            files.tighten(fd)
 
 
 def check_root(files: FileSystem, root: str, *, may_be_empty: bool = False) -> None:
@@ -206,15 +298,13 @@ def check_root(files: FileSystem, root: str, *, may_be_empty: bool = False) -> N
         raise root_error(root, "it is a symbolic link; name the directory itself", errno.ELOOP)
     if not stat.S_ISDIR(status.st_mode):
         raise root_error(root, "it is not a directory", errno.ENOTDIR)
-    names = files.names(root)
-    if _paths.MARKER in names:
-        _check_marker(files, root)
-    elif not may_be_empty or any(not name.startswith(_paths.MARKER) for name in names):
-        raise root_error(
-            root,
-            f"it has no {_paths.MARKER} marker, so it is not ours; name an empty directory",
-            errno.EEXIST,
-        )
+    foreign = [name for name in files.names(root) if not name.startswith(_paths.MARKER)]
+    # The marker is looked for after the listing: who makes a session beside us writes the marker first.
+    if _exists(files, join(root, _paths.MARKER)):
+        _read_marker(files, root)
+    elif foreign or not may_be_empty:
+        why = f"it has no {_paths.MARKER} marker, so it is not ours; name an empty directory"
+        raise root_error(root, why, errno.EEXIST)
 
 
 def root_error(root: str, why: str, number: int | None) -> RootError:
@@ -223,113 +313,35 @@ def root_error(root: str, why: str, number: int | None) -> RootError:
     return error
 
 
-def dead_sessions(files: FileSystem, root: str, *, newest_first: bool = False) -> Iterator[DeadSession]:
-    """Each session of a dead owner, with its lock taken: whoever gets one from here is alone with it."""
-    for name in sorted(files.names(root), reverse=newest_first):
-        if not _paths.is_session_name(name):
-            continue
-        path = join(root, name)
-        record = read_record(files, path)
-        if record is None or not record.same_machine:
-            continue
-        lock = _try_lock(files, path)
-        if lock is not None:
-            yield DeadSession(path, lock)
-
-
-def reclaim(files: FileSystem, root: str, budget: Budget, between: Callable[[], None]) -> int:
-    """Remove the sessions of dead owners and what crashes left half-made or half-removed. How many went.
-
-    Blocks for the disk; ``between`` is called before each removal. Errors are collected in the budget.
-    """
-    gone = 0
-    for dead in dead_sessions(files, root):
+def _make_root(files: FileSystem, root: str) -> bool:
+    """True if it was not there before."""
+    try:
         try:
-            if budget.spent:
-                return gone
-            gone += _delete(files, root, dead, budget, between)
-        finally:
-            dead.lock.release()
-    for name in files.names(root):
-        if _paths.is_unfinished_session_name(name) and not budget.spent:
-            gone += _reclaim_unfinished(files, root, name, budget, between)
-    return gone
+            files.make_directory(root)
+        except FileNotFoundError:
+            files.make_parents(root)
+            files.make_directory(root)
+    except FileExistsError:
+        return False
+    return True
 
 
-def _delete(
-    files: FileSystem, root: str, dead: DeadSession, budget: Budget, between: Callable[[], None]
-) -> int:
-    aside = join(root, _paths.dead_session_name())
-    try:
-        files.rename(dead.path, aside)
-    except OSError as error:
-        budget.errors.append(error)
-        return 0
-    budget.sessions -= 1
-    budget.errors += remove_tree(files, aside, between=between, keep_last=_paths.OWNER_LOCK)[1]
-    return 1
-
-
-def _reclaim_unfinished(
-    files: FileSystem, root: str, name: str, budget: Budget, between: Callable[[], None]
-) -> int:
-    """A ``.new-`` or ``.dead-`` directory: empty ones go at once (a maker tries again), others under their lock."""
-    path = join(root, name)
-    try:
-        files.remove_directory(path)
-        return 0
-    except FileNotFoundError:
-        return 0
-    except OSError:
-        lock = _try_lock(files, path)
-    if lock is None:
-        return 0
-    try:
-        budget.sessions -= 1
-        budget.errors += remove_tree(files, path, between=between, keep_last=_paths.OWNER_LOCK)[1]
-    finally:
-        lock.release()
-    return 1
-
-
-def _try_lock(files: FileSystem, path: str) -> OwnerLock | None:
-    try:
-        return OwnerLock.take(files, path, create=False)
-    except OSError:
-        return None  # no lock file, or no lock support here: not provably dead
-
-
-def _generations(files: FileSystem, session: str) -> list[str]:
-    """Directories of generations, the latest of a request first."""
-    names = [name for name in files.names(session) if _paths.parse_generation_name(name)]
-    return sorted(names, key=lambda name: -_generation_number(name))
-
-
-def _generation_number(name: str) -> int:
-    parsed = _paths.parse_generation_name(name)
-    return parsed.generation if parsed else -1
-
-
-def _sound_snapshots(files: FileSystem, directory: str, generation_name: str) -> Iterator[Found]:
-    for name in files.names(directory):
-        token_count = _paths.parse_snapshot_name(name)
-        if token_count is None:
-            continue
-        path = join(directory, name)
+def _write_marker(files: FileSystem, root: str, *, made: bool) -> None:
+    """Once in the life of a root, so it is made to outlive a power cut: without it nothing here is ours any more."""
+    content = {"format": MARKER_FORMAT, "made_root": True} if made else {"format": MARKER_FORMAT}
+    for _ in range(_ATTEMPTS):
+        staged = join(root, _paths.staged_marker_name())
         try:
-            with opened(files, files.open_read(path)) as fd:
-                header = read_header(files, fd)
-                size = disk_bytes(files.status(fd))
-        except (OSError, SnapshotCorruptError):
-            continue
-        facts = header.facts
-        if facts is None or facts.token_count != token_count:
-            continue
-        if _paths.generation_name(facts.request_id, facts.generation) == generation_name:
-            yield Found(facts.request_id, token_count, facts.generation, path, header.layout.nbytes, size)
+            _write_file(files, staged, json.dumps(content).encode(), durable=True)
+            files.rename(staged, join(root, _paths.MARKER))
+        except FileNotFoundError:
+            continue  # a reclaimer took it for one of a dead process
+        files.sync_directory(root)
+        return
+    check_root(files, root)
 
 
-def _check_marker(files: FileSystem, root: str) -> None:
+def _read_marker(files: FileSystem, root: str) -> dict[str, object]:
     buffer = memoryview(bytearray(256))
     try:
         with opened(files, files.open_read(join(root, _paths.MARKER))) as fd:
@@ -338,11 +350,17 @@ def _check_marker(files: FileSystem, root: str) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise root_error(root, f"its marker can not be read: {error}", errno.EINVAL) from error
     if not isinstance(marker, dict) or marker.get("format") != MARKER_FORMAT:
-        raise root_error(
-            root,
-            f"its marker says {marker!r}, this snapstore knows format {MARKER_FORMAT}; upgrade",
-            errno.EINVAL,
-        )
+        why = f"its marker says {marker!r}, this snapstore knows format {MARKER_FORMAT}; upgrade"
+        raise root_error(root, why, errno.EINVAL)
+    return marker
+
+
+def _exists(files: FileSystem, path: str) -> bool:
+    try:
+        files.status_at(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _make_directory_if_missing(files: FileSystem, path: str) -> None:
@@ -352,6 +370,8 @@ def _make_directory_if_missing(files: FileSystem, path: str) -> None:
         pass
 
 
-def _write_file(files: FileSystem, path: str, content: bytes) -> None:
+def _write_file(files: FileSystem, path: str, content: bytes, *, durable: bool) -> None:
     with opened(files, files.create(path)) as fd:
         files.write(fd, [memoryview(content)])
+        if durable:
+            files.sync_data(fd)

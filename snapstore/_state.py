@@ -73,6 +73,7 @@ class State:
         self._dying: dict[str, list[Life]] = {}
         self._queue: OrderedDict[Job, None] = OrderedDict()
         self._in_flight: OrderedDict[Job, None] = OrderedDict()
+        self._held: OrderedDict[Job, None] = OrderedDict()
         self._writing: tuple[Job, float] | None = None
         self._waiters: deque[object] = deque()
         self._to_sweep: deque[Life] = deque()
@@ -125,6 +126,7 @@ class State:
                 job.ticket._move(SaveState.QUEUED)
             else:
                 self._cancel_locked(job, settled)
+                self._forget_if_empty_locked(life)
             self._work.notify()
             self._publish_locked()
         self._announce(settled)
@@ -140,6 +142,7 @@ class State:
                 self._fail_locked(job, error, settled)
             else:
                 self._cancel_locked(job, settled)
+            self._forget_if_empty_locked(job.life)
             self._work.notify()
             self._publish_locked()
         self._announce(settled)
@@ -205,10 +208,11 @@ class State:
         settled: _Settled = []
         with self._lock:
             self._last_error = f"{type(error).__name__}: {error}"
+            failed = job.life.alive
             self._end_in_writer_locked(job, error, settled)
             self._publish_locked()
         self._announce(settled)
-        return job.life.alive
+        return failed
 
     def job_in_hand(self) -> Job | None:
         """The job that is WRITING."""
@@ -263,6 +267,8 @@ class State:
         with self._lock:
             job.holds -= 1
             last = job.holds == 0
+            if last:
+                del self._held[job]
         if last:
             _give_memory_back(job)
 
@@ -277,13 +283,14 @@ class State:
             return life is not None and (key.token_count in life.pending or key.token_count in life.committed)
 
     def tickets(self, request_id: str | None = None) -> list[SaveTicket]:
-        """Tickets of what is in flight now, oldest first; of one request id, its dead lives included, or of all."""
+        """Tickets of what is in flight now, oldest first.
+
+        Of one request id: of its dead lives too, and of what is settled while a load still reads its memory.
+        """
         with self._lock:
-            return [
-                job.ticket
-                for job in self._in_flight
-                if request_id is None or job.life.request_id == request_id
-            ]
+            if request_id is None:
+                return [job.ticket for job in self._in_flight]
+            return [job.ticket for job in self._held if job.life.request_id == request_id]
 
     # -- detach -------------------------------------------------------------------------------------------------
 
@@ -334,6 +341,7 @@ class State:
                     self._end_life_locked(life, cleanup, settled)
                 cleanup.lives += self._dying.get(request_id, ())
             self._retry_sweeps_locked(cleanup.lives)
+            self._work.notify()
             self._dirt.notify()
             self._room.notify_all()
             self._rest.notify_all()
@@ -342,7 +350,7 @@ class State:
         return cleanup
 
     def await_swept(self, lives: list[Life], timeout_s: float) -> int:
-        """Wait until the sweeper is done with these lives, or failed. How many the writer still holds at the end."""
+        """Wait until the sweeper is done with these lives, or failed. How many the writer has in hand at the end."""
         with self._lock:
             done = self._rest.wait_for(
                 lambda: all(life.swept or life.sweep_error for life in lives), timeout_s
@@ -350,7 +358,7 @@ class State:
             if not done and timeout_s > 0:
                 self._tally.cleanup_timeouts += 1
                 self._publish_locked()
-            return sum(life.busy for life in lives)
+            return int(self._writing is not None and self._writing[0].life in lives)
 
     # -- sweeper ------------------------------------------------------------------------------------------------
 
@@ -432,6 +440,8 @@ class State:
             keys = tuple(job.key for job in self._in_flight)
             for job in list(self._queue):
                 self._drop_queued_locked(job.life, job.key.token_count, settled)
+                self._read_from_hand_locked(job)
+                self._forget_if_empty_locked(job.life)
             self._work.notify_all()
             self._publish_locked()
         self._announce(settled)
@@ -455,7 +465,7 @@ class State:
         return life
 
     def _forget_if_empty_locked(self, life: Life) -> None:
-        """A life with nothing in it ends: after a rejected first save, or when its last snapshot was detached."""
+        """A life with nothing in it ends: its first save was rejected or abandoned, its last snapshot detached."""
         if life.alive and life.empty:
             self._end_life_locked(life, Cleanup(), [])
 
@@ -524,6 +534,7 @@ class State:
         self._next_sequence += 1
         life.staging.add(job)
         self._in_flight[job] = None
+        self._held[job] = None
         self._staging += 1
         self._pending_bytes += nbytes
         self._tally.accepted += 1
@@ -595,6 +606,13 @@ class State:
         if job is not None and job in self._queue:
             del self._queue[job]
             self._cancel_locked(job, settled)
+
+    def _read_from_hand_locked(self, dropped: Job) -> None:
+        """With its successor dropped, the job of this key that is WRITING is the newest one again (invariant 7)."""
+        job = self._writing[0] if self._writing is not None else None
+        if job is not None and job.life is dropped.life and job.key == dropped.key:
+            job.life.pending[job.key.token_count] = job
+            job.life.newest[job.key.token_count] = job.sequence
 
     def _leave_pending_locked(self, job: Job) -> None:
         if job.life.pending.get(job.key.token_count) is job:

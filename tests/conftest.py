@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 import pytest
@@ -31,6 +32,14 @@ FRAMEWORK_CACHES = ("mlx", "torchinductor_")
 
 settings.register_profile("local", deadline=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown() -> None:
+    """Let go of a failed test's frames: what they hold would be found leaked, or be collected in the next test."""
+    for name in ("last_exc", "last_traceback", "last_type", "last_value"):
+        if hasattr(sys, name):
+            delattr(sys, name)
 
 
 @pytest.fixture
@@ -168,7 +177,7 @@ def _still_running(before: set[threading.Thread]) -> list[threading.Thread]:
     return new()
 
 
-def _described(thread: threading.Thread, frames: dict[int, object]) -> str:
+def _described(thread: threading.Thread, frames: dict[int, FrameType]) -> str:
     frame = frames.get(thread.ident or 0)
     stack = "".join(traceback.format_stack(frame)) if frame else "  (just ended)\n"
     return f"{thread.name} ({'daemon' if thread.daemon else 'not a daemon'}):\n{stack}"

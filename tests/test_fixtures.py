@@ -176,6 +176,41 @@ def test_the_checks_end_after_the_fixtures_of_the_test(run):
     result.assert_outcomes(passed=1)
 
 
+def test_what_a_failed_test_held_is_not_leaked_too(run):
+    result = run(
+        """
+        import os
+
+        class Holder:
+            def __init__(self, path):
+                self.fd = os.open(path, os.O_RDONLY)
+
+            def __del__(self):
+                os.close(self.fd)
+
+        def test_fails(tmp_path):
+            holder = Holder(tmp_path)
+            try:
+                raise ValueError
+            except ValueError:
+                assert holder.fd < 0
+
+        def test_fails_with_a_cause(tmp_path):
+            def inner():
+                holder = Holder(tmp_path)
+                raise ValueError
+            try:
+                inner()
+            except ValueError as error:
+                raise RuntimeError from error
+
+        def test_after_it():
+            pass
+        """
+    )
+    result.assert_outcomes(passed=1, failed=2)
+
+
 def test_deadline_and_eventually_fail_when_time_is_up(run):
     result = run(
         """

@@ -1,4 +1,4 @@
-"""The codec: what goes in comes out, stock tools read it, and nothing that was altered is taken for what was written."""
+"""The codec: what goes in comes out, stock tools read it, nothing altered is taken for what was written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -38,6 +37,7 @@ from snapstore._format import (
     Facts,
     Header,
     Layout,
+    NewerFormatError,
     TensorSpec,
     check_specs,
     checksums_of,
@@ -99,11 +99,28 @@ def refused(file: bytes) -> bool:
 
 
 def refused_by_stock(file: bytes) -> bool:
+    return read_by_stock(file) is None
+
+
+def read_by_stock(file: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
+    """Name -> dtype, shape, data; ``None`` if it will not."""
     try:
-        safetensors.deserialize(file)
+        entries: list[tuple[str, Any]] = safetensors.deserialize(file)
     except safetensors.SafetensorError:
-        return True
-    return False
+        return None
+    return {name: (each["dtype"], tuple(each["shape"]), bytes(each["data"])) for name, each in entries}
+
+
+def assert_no_laxer_than_stock(file: bytes) -> bool:
+    """What stock refuses we refuse; what both take, both read the same. True if stock took it."""
+    theirs = read_by_stock(file)
+    if refused(file):
+        return theirs is not None
+    assert theirs is not None, file
+    header, segments = read(file)
+    ours = zip(header.layout.specs, segments, strict=True)
+    assert {spec.name: (spec.dtype, spec.shape, bytes(segment)) for spec, segment in ours} == theirs
+    return True
 
 
 def framed(header: str | bytes, data: bytes = b"") -> bytes:
@@ -134,7 +151,7 @@ def resealed(file: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
 
 # --- round trips ---
 
-texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 names = texts.filter(lambda name: name != "__metadata__")
 shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 specs = st.builds(TensorSpec, names, st.sampled_from(sorted(ITEM_BYTES)), shapes)
@@ -170,11 +187,10 @@ def test_what_was_written_is_read(found: list[TensorSpec], said: Facts, checksum
 def test_stock_reads_what_we_write(found: list[TensorSpec], said: Facts, checksum: bool, seed: int) -> None:
     layout = Layout.of(found)
     segments = data_of(layout, seed)
-    theirs = dict(safetensors.deserialize(file_of(layout, segments, said, checksum=checksum)))
-    assert theirs.keys() == {spec.name for spec in found}
-    for spec, segment in zip(found, segments, strict=True):
-        own = theirs[spec.name]
-        assert (own["dtype"], tuple(own["shape"]), bytes(own["data"])) == (spec.dtype, spec.shape, segment)
+    assert read_by_stock(file_of(layout, segments, said, checksum=checksum)) == {
+        spec.name: (spec.dtype, spec.shape, bytes(segment))
+        for spec, segment in zip(found, segments, strict=True)
+    }
 
 
 def test_stock_tools_open_the_file(tmp_path: Path) -> None:
@@ -262,7 +278,7 @@ def test_a_newer_format_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         newer.setattr(_format, "FORMAT_VERSION", 2)
         file = small_file()
     with pytest.raises(
-        SnapshotCorruptError, match=r"newer snapstore \(format 2\), this one reads up to 1: upgrade"
+        NewerFormatError, match=r"newer snapstore \(format 2\), this one reads up to 1: upgrade"
     ):
         read(file)
 
@@ -271,14 +287,14 @@ def test_a_newer_format_says_so_whatever_else_it_changed() -> None:
     file = sealed(
         OPENING + '0000000000000000","snapstore.format":"17","x":"y"},"a":{"dtype":"F2","extra":{}}}'
     )
-    with pytest.raises(SnapshotCorruptError, match=r"format 17"):
+    with pytest.raises(NewerFormatError, match=r"format 17"):
         read(file)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("format", "0"), ("format", "01"), ("format", "-1"), ("format", "1 "), ("format", "１"), ("format", ""),
+        ("format", "0"), ("format", "01"), ("format", "-1"), ("format", "1 "), ("format", "\u0661"), ("format", ""),
         ("token_count", "-1"), ("token_count", "+1"), ("token_count", "1.0"), ("token_count", "9" * 5000),
         ("generation", ""), ("generation", "0x1"), ("generation", "1_0"),
         ("checksum", "crc32"), ("checksum", ""),
@@ -293,7 +309,7 @@ def test_facts_are_exactly_as_the_format_says(key: str, value: str) -> None:
     file = resealed(small_file(), change)
     assert not refused_by_stock(file)
     with pytest.raises(SnapshotCorruptError):
-        read(file)
+        read_header(file)
 
 
 @pytest.mark.parametrize(
@@ -364,6 +380,15 @@ def test_a_header_read_short_is_found() -> None:
             decode_header(file[:count], len(file))
 
 
+def test_a_header_must_be_given_whole_and_alone() -> None:
+    file = framed("{}   ")
+    assert decode_header(file, len(file)).facts is None
+    with pytest.raises(SnapshotCorruptError, match="13 bytes, and 12 could be read"):
+        decode_header(file[:-1], len(file))
+    with pytest.raises(SnapshotCorruptError):
+        decode_header(file + b" ", len(file) + 1)
+
+
 def test_every_byte_changed_at_random_is_found() -> None:
     file = small_file()
     source = random.Random(1)
@@ -396,12 +421,17 @@ def test_swapped_tensors_are_found_and_named() -> None:
 
 
 def test_the_widest_tensors_come_first_and_damage_names_the_right_one() -> None:
-    layout = Layout.of([TensorSpec("narrow", "U8", (4,)), TensorSpec("wide", "F64", (4,))])
+    layout = Layout.of(
+        [TensorSpec("narrow", "U8", (4,)), TensorSpec("wide", "F64", (4,)), TensorSpec("mid", "F32", (4,))]
+    )
+    assert layout.file_order == (1, 2, 0)
     segments = data_of(layout)
-    file = bytearray(file_of(layout, segments))
-    file[-1] ^= 1
-    with pytest.raises(SnapshotCorruptError, match="'narrow'"):
-        read(bytes(file))
+    header = read_header(file_of(layout, segments))
+    for spec, index in zip(layout.specs, range(3), strict=True):
+        altered = list(segments)
+        altered[index] = memoryview(bytes(segments[index])[:-1] + bytes([segments[index][-1] ^ 1]))
+        with pytest.raises(SnapshotCorruptError, match=f"tensor '{spec.name}' were altered"):
+            verify_checksums(header, altered)
 
 
 def test_without_checksums_the_data_is_taken_as_it_is() -> None:
@@ -452,44 +482,41 @@ def test_large_tensors_are_hashed_with_the_gil_released() -> None:
 # --- what stock writes, and what it refuses ---
 
 
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    return np.dtype({"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}.get(name, np.uint8))
+STOCK_WORDS = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I16": "int16",
+    "U8": "uint8", "BOOL": "bool", "F8_E5M2": "float8_e5m2", "C64": "complex64",
+}  # fmt: skip
 
 
 @given(
-    st.dictionaries(
-        names, st.tuples(st.sampled_from(["F64", "F32", "I16", "BF16", "U8", "BOOL"]), shapes), max_size=6
-    ),
-    st.none() | st.dictionaries(texts, texts, max_size=3),
+    st.dictionaries(names, st.tuples(st.sampled_from(sorted(STOCK_WORDS)), shapes), max_size=6),
+    st.none()
+    | st.dictionaries(texts, texts, min_size=1, max_size=3),  # {}, {}: stock can not read its own file
     st.integers(),
 )
 def test_what_stock_writes_is_read_equal(
     wanted: dict[str, tuple[str, tuple[int, ...]]], said: dict[str, str] | None, seed: int
 ) -> None:
-    source = random.Random(seed)
-    words = {
-        "F64": "float64",
-        "F32": "float32",
-        "I16": "int16",
-        "BF16": "bfloat16",
-        "U8": "uint8",
-        "BOOL": "bool",
-    }
-    given_ = {
-        name: {
-            "dtype": words[dtype],
-            "shape": shape,
-            "data": source.randbytes(TensorSpec(name, dtype, shape).nbytes),
-        }
-        for name, (dtype, shape) in wanted.items()
-    }
-    file = bytes(safetensors.serialize(given_, metadata=said))
-    header, segments = read(file)
+    layout = Layout.of(TensorSpec(name, dtype, shape) for name, (dtype, shape) in wanted.items())
+    kept = [np.frombuffer(bytearray(segment), np.uint8) for segment in data_of(layout, seed)]
+    file = safetensors.serialize(
+        {
+            spec.name: safetensors.TensorSpec(
+                dtype=STOCK_WORDS[spec.dtype],
+                shape=spec.shape,
+                data_ptr=array.ctypes.data,
+                data_len=array.nbytes,
+            )
+            for spec, array in zip(layout.specs, kept, strict=True)
+        },
+        metadata=said,
+    )
+    header, segments = read(bytes(file))
     assert header.facts is None and header.checksums is None
-    read_ = {spec.name: (spec.dtype, spec.shape) for spec in header.layout.specs}
-    assert read_ == wanted
+    assert {spec.name: (spec.dtype, spec.shape) for spec in header.layout.specs} == wanted
+    by_name = dict(zip(wanted, kept, strict=True))
     for spec, segment in zip(header.layout.specs, segments, strict=True):
-        assert segment == given_[spec.name]["data"]
+        assert segment == by_name[spec.name].data
 
 
 def test_what_mlx_writes_is_read(tmp_path: Path) -> None:
@@ -519,22 +546,20 @@ def _foreign() -> bytes:
     )
 
 
-def test_random_damage_that_stock_refuses_is_refused() -> None:
+def test_under_random_damage_we_are_no_laxer_than_stock() -> None:
     file = _foreign()
     source = random.Random(2)
-    by_stock = 0
+    taken = [0, 0]
     for _ in range(6000):
         damaged = bytearray(file)
         for _ in range(source.randint(1, 3)):
             at = source.randrange(len(damaged))
             damaged[at] = source.choice([source.randrange(256), damaged[at] ^ 1 << source.randrange(8)])
-        if refused_by_stock(bytes(damaged)):
-            by_stock += 1
-            assert refused(bytes(damaged)), bytes(damaged)
-    assert by_stock > 1000
+        taken[assert_no_laxer_than_stock(bytes(damaged))] += 1
+    assert min(taken) > 100
 
 
-def test_random_headers_that_stock_refuses_are_refused() -> None:
+def test_with_random_headers_we_are_no_laxer_than_stock() -> None:
     """Text of the header cut, doubled, moved and replaced by what a JSON reader may read otherwise."""
     file = _foreign()
     size = header_size(file[:8], len(file))
@@ -557,17 +582,14 @@ def test_random_headers_that_stock_refuses_are_refused() -> None:
         "",
     ]
     source = random.Random(3)
-    counts = [0, 0]
+    taken = [0, 0]
     for _ in range(6000):
         changed = list(tokens)
         for _ in range(source.randint(1, 2)):
             at = source.randrange(len(changed))
             changed[at] = source.choice([source.choice(odd), source.choice(tokens), changed[at] * 2])
-        tried = framed("".join(changed), data)
-        ours, theirs = refused(tried), refused_by_stock(tried)
-        assert ours or not theirs, "".join(changed)
-        counts[theirs] += 1
-    assert min(counts) > 100
+        taken[assert_no_laxer_than_stock(framed("".join(changed), data))] += 1
+    assert min(taken) > 100
 
 
 A = '{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
@@ -600,7 +622,7 @@ WRONG = {
     "shape minus zero": '{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}',
     "shape NaN": '{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,2]}}',
     "shape of another size": '{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,2]}}',
-    "shape that overflows to the right size": '{"a":{"dtype":"U8","shape":[9223372036854775809,2],"data_offsets":[0,2]}}',
+    "shape that overflows": '{"a":{"dtype":"U8","shape":[9223372036854775809,2],"data_offsets":[0,2]}}',
     "empty shape that no framework has": '{"a":{"dtype":"F32","shape":[0,4611686018427387904],"data_offsets":[0,0]}}',
     "one offset": '{"a":{"dtype":"U8","shape":[2],"data_offsets":[2]}}',
     "three offsets": '{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2,2]}}',
@@ -608,7 +630,7 @@ WRONG = {
     "offsets reversed": '{"a":{"dtype":"U8","shape":[2],"data_offsets":[2,0]}}',
     "a hole at the beginning": '{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
     "a hole at the end": '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
-    "an overlap": '{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
+    "an overlap": A + ',"b":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
     "the same place twice": A + ',"b":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}',
     "an empty tensor inside another": A + ',"b":{"dtype":"U8","shape":[0],"data_offsets":[1,1]}}',
     "an empty tensor beyond the end": A + ',"b":{"dtype":"U8","shape":[0],"data_offsets":[3,3]}}',
@@ -708,6 +730,12 @@ def test_depth_near_the_limit_of_the_stack_is_corrupt_and_nothing_else(depth: in
     nested = "[" * depth + "]" * depth
     assert refused(framed(f'{{"a":{{"dtype":"U8","shape":{nested},"data_offsets":[0,0]}}}}'))
     assert refused(framed(f'{{"a":{{"dtype":{nested},"shape":[],"data_offsets":[0,0]}}}}'))
+
+
+@pytest.mark.parametrize("digits", ["9" * 20, "9" * 400_000, "-1"])
+def test_digits_are_counted_before_they_become_a_number(digits: str) -> None:
+    with pytest.raises(SnapshotCorruptError, match="is not a size"):
+        read(framed(f'{{"a":{{"dtype":"U8","shape":[{digits}],"data_offsets":[0,2]}}}}', b"\1\2"))
 
 
 def test_errors_are_those_of_the_package_and_short() -> None:

@@ -211,7 +211,9 @@ MODULES = modules_of(PACKAGE)
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_a_module_keeps_to_its_layer(module):
-    found = [each for path in MODULES[module] for each in violations(module, path.read_text())]
+    found = [
+        f"{path.name}: {each}" for path in MODULES[module] for each in violations(module, path.read_text())
+    ]
     assert not found, "\n".join(found)
 
 

@@ -24,25 +24,34 @@ class Adapter(Protocol):
     """True where ``view`` gives memory that nobody can change any more, so that a save needs no copy."""
 
     def describe(self, tensors: Mapping[str, Any]) -> tuple[list[TensorSpec], list[Any]]:
-        """Check every tensor and say what it is, without copying; ``UnsupportedTensorError`` names the first bad one."""
+        """Check every tensor and say what it is, without copying; ``UnsupportedTensorError`` names the first bad one.
+
+        The names are those that ``adapter_for`` has checked.
+        """
 
     def copy_into(self, sources: Sequence[Any], layout: Layout, buffer: memoryview) -> None:
         """Copy each source to its place in ``buffer``, which has ``layout.nbytes`` bytes. Done when it returns."""
 
     def view(self, sources: Sequence[Any]) -> tuple[list[memoryview], Any]:
-        """The bytes of each source in place (a contiguous copy where there is no other way), and what keeps them alive."""
+        """The bytes of each source in place (a copy where there is no other way), and what keeps them alive."""
 
     def from_host(self, layout: Layout, buffer: memoryview, device: Any) -> dict[str, Any]:
         """Tensors over ``buffer``, which is the caller's own from here on; copied to ``device`` where one is named."""
 
 
 def adapter_for(tensors: Mapping[str, Any]) -> Adapter:
-    """The adapter of the framework that all these tensors are of. No tensors at all: numpy's."""
+    """The adapter of the framework that all these tensors are of. No tensors at all: numpy's.
+
+    ``TypeError`` and ``ValueError`` for a name that no safetensors file can hold.
+    """
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"tensors must be a mapping from name to tensor, not {type(tensors).__qualname__}")
     framework = "numpy"
     for position, (name, tensor) in enumerate(tensors.items()):
+        _check_name(name)
         found = _framework_of(name, tensor)
         if position and found != framework:
-            raise _unsupported(
+            raise unsupported(
                 name, f"it is a {found} tensor among {framework} tensors; save one framework at a time"
             )
         framework = found
@@ -50,7 +59,7 @@ def adapter_for(tensors: Mapping[str, Any]) -> Adapter:
 
 
 def adapter_named(framework: str) -> Adapter:
-    """The adapter called ``framework``, imported now. ``ValueError`` for a name that is none, ``ImportError`` if absent."""
+    """The adapter called ``framework``, imported now. ``ValueError``: no such one; ``ImportError``: not installed."""
     if framework not in _HOME.values():
         raise ValueError(
             f"framework must be one of {tuple(dict.fromkeys(_HOME.values()))}, not {framework!r}"
@@ -59,20 +68,30 @@ def adapter_named(framework: str) -> Adapter:
     return cast(Adapter, module.ADAPTER)
 
 
-def _framework_of(name: str, tensor: Any) -> str:
-    for cls in type(tensor).__mro__:
-        home = _HOME.get(cls.__module__.partition(".")[0])
-        if home is not None:
-            return home
-    raise _unsupported(
-        name, f"{type(tensor).__module__}.{type(tensor).__qualname__} is no numpy, torch or mlx tensor"
-    )
-
-
-def _unsupported(name: str, why: str) -> UnsupportedTensorError:
-    error = UnsupportedTensorError(f"tensor {name!r} can not be saved: {why}")
+def unsupported(name: str, why: str, *, verb: str = "saved") -> UnsupportedTensorError:
+    """The error that says that this tensor can not be saved (or ``verb``), why, and what to do."""
+    error = UnsupportedTensorError(f"tensor {name!r} can not be {verb}: {why}")
     error.tensor_name = name
     return error
 
 
-unsupported = _unsupported
+def _check_name(name: object) -> None:
+    if type(name) is not str:
+        raise TypeError(f"a tensor's name must be a str, not {type(name).__qualname__}: {name!r}")
+    if name == "__metadata__":
+        raise ValueError("a tensor can not be called '__metadata__': safetensors keeps that name to itself")
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"tensor {name!r}: a lone surrogate in a name can not be written") from error
+
+
+def _framework_of(name: str, tensor: object) -> str:
+    for cls in type(tensor).__mro__:
+        home = _HOME.get(cls.__module__.partition(".")[0])
+        if home is not None:
+            return home
+    raise unsupported(
+        name, f"{type(tensor).__module__}.{type(tensor).__qualname__} is no numpy, torch or mlx tensor"
+    )

@@ -16,20 +16,28 @@ a file are only compared with it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
-from types import ModuleType
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from snapstore._types import JSON
-from snapstore.caches import _mlx_lm, _transformers
-from snapstore.caches._tree import TreeDecoder, TreeEncoder
+from snapstore.caches._tree import TensorType, TreeDecoder, TreeEncoder
 
 __all__ = ["capture", "restore"]
 
-_KEY = "snapstore.caches"
-_FORMAT = 1
-
 CacheT = TypeVar("CacheT")
+
+
+class Library(Protocol):
+    """What ``_mlx_lm`` and ``_transformers`` have in common. Each imports its framework, so it is imported on use."""
+
+    TENSORS: TensorType
+
+    def capture(self, cache: Any, encoder: TreeEncoder, *, everything: bool) -> JSON:
+        """The record of ``cache``, its tensors left in ``encoder``; without ``everything``, of non-sliceable layers."""
+
+    def restore(self, cache: Any, record: JSON, decoder: TreeDecoder) -> None:
+        """Fill ``cache`` from a record, or change nothing."""
 
 
 class SnapshotLike(Protocol):
@@ -67,7 +75,9 @@ def capture(
     library, name = _library(cache)
     encoder = TreeEncoder(library.TENSORS)
     record = library.capture(cache, encoder, everything=layers == "all")
-    return encoder.tensors, {_KEY: {"format": _FORMAT, "library": name, "layers": layers, "cache": record}}
+    return encoder.tensors, {
+        "snapstore.caches": {"format": 1, "library": name, "layers": layers, "cache": record}
+    }
 
 
 def restore(snapshot: SnapshotLike, cache: CacheT) -> CacheT:
@@ -92,34 +102,34 @@ def restore(snapshot: SnapshotLike, cache: CacheT) -> CacheT:
     return cache
 
 
-def _library(cache: object) -> tuple[ModuleType, str]:
-    """The module that knows this cache, and the library's name."""
-    roots = {base.__module__.partition(".")[0] for base in type(cache).__mro__}
-    if "transformers" in roots:
-        return _transformers, "transformers"
-    if isinstance(cache, (list, tuple)) and any(layer is not None for layer in cache):
-        return _mlx_lm, "mlx-lm"
-    raise TypeError(
-        f"a {type(cache).__module__}.{type(cache).__qualname__} is neither an mlx-lm cache list with a layer in it "
-        "nor a transformers Cache"
-    )
+def _library(cache: object) -> tuple[Library, str]:
+    """The module that knows this kind of cache, imported now, and the library's name."""
+    if "transformers" in _roots(cache):
+        module, name = "_transformers", "transformers"
+    elif isinstance(cache, (list, tuple)) and any("mlx_lm" in _roots(layer) for layer in cache):
+        module, name = "_mlx_lm", "mlx-lm"
+    else:
+        raise TypeError(
+            f"a {type(cache).__module__}.{type(cache).__qualname__} is neither a list of mlx-lm caches, one a layer, "
+            "nor a transformers Cache: pass what the model's forward takes"
+        )
+    return cast(Library, importlib.import_module(f"snapstore.caches.{module}")), name
+
+
+def _roots(obj: object) -> set[str]:
+    """The top-level packages that an object's class and its bases come from."""
+    return {base.__module__.partition(".")[0] for base in type(obj).__mro__}
 
 
 def _record(metadata: object, library: str) -> JSON:
     """The record inside the metadata, if it is one for this library and this version."""
-    envelope = metadata.get(_KEY) if isinstance(metadata, dict) else None
-    if not isinstance(envelope, dict):
-        raise ValueError(
-            f"the snapshot's metadata has no {_KEY!r}: save it with the metadata that snapstore.caches.capture returned"
-        )
-    if envelope.get("format") != _FORMAT:
-        raise ValueError(
-            f"the snapshot has format {envelope.get('format')!r} of snapstore.caches, and this version reads {_FORMAT}: "
-            "restore with the version of snapstore that captured it"
-        )
-    if envelope.get("library") != library:
-        raise ValueError(
-            f"the snapshot holds a cache of {envelope.get('library')!r}, and this is one of {library!r}: "
-            "restore it into the kind of cache that it was captured from"
-        )
-    return envelope.get("cache")
+    match metadata:
+        case {"snapstore.caches": {"format": 1, "library": str() as captured, "cache": record}}:
+            if captured == library:
+                return record  # type: ignore[no-any-return]
+            why = f"it holds a cache of {captured}, and this is one of {library}"
+        case {"snapstore.caches": {"format": int() as version}} if version != 1:
+            why = f"it has version {version} of this format, and this snapstore reads 1"
+        case _:
+            why = "its metadata is not what snapstore.caches.capture returned"
+    raise ValueError(f"this snapshot can not be restored here: {why}")

@@ -145,7 +145,7 @@ def match_class(obj: object, record: JSON, path: str) -> dict[str, JSON]:
     The name in the record is only ever compared. ``obj`` is on the allow-list, so an equal name is, too.
     """
     if not isinstance(record, dict) or not isinstance(record.get("class"), str):
-        raise ValueError(f"{path}: the metadata has no record that snapstore.caches wrote")
+        raise malformed(path)
     if record["class"] != class_name(obj):
         raise ValueError(
             f"{path}: the snapshot holds a {record['class']}, and the cache has a {class_name(obj)} there. "
@@ -154,10 +154,18 @@ def match_class(obj: object, record: JSON, path: str) -> dict[str, JSON]:
     return record
 
 
+def malformed(path: str) -> ValueError:
+    """The error for metadata of the wrong form, whose values were not written by :func:`read`."""
+    return ValueError(
+        f"{path}: the metadata here is not what snapstore.caches.capture returned. "
+        "Save a snapshot with that very value, and do not change it"
+    )
+
+
 def _mapping(record: dict[str, JSON], key: str, path: str) -> dict[str, JSON]:
     value = record.get(key)
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: the metadata has no {key!r} that snapstore.caches wrote")
+        raise malformed(f"{path} ({key})")
     return value
 
 

@@ -12,18 +12,27 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import mlx.core as mx
+
 from snapstore._types import JSON
-from snapstore.caches._kinds import Fill, Kind, always, class_name, kind_of, match_class, never, plan, read
+from snapstore.caches._kinds import (
+    Fill,
+    Kind,
+    always,
+    class_name,
+    kind_of,
+    malformed,
+    match_class,
+    never,
+    plan,
+    read,
+)
 from snapstore.caches._tree import TensorType, TreeDecoder, TreeEncoder
 
-
-def _is_array(value: object) -> bool:
-    return type(value).__module__ == "mlx.core" and type(value).__qualname__ == "array"
-
-
-TENSORS = TensorType(framework="mlx", matches=_is_array, handle=copy.copy)
+TENSORS = TensorType(framework="mlx", matches=lambda value: type(value) is mx.array, handle=copy.copy)
 
 _CACHE_LIST = "mlx_lm.models.cache.CacheList"
+_GAP: dict[str, JSON] = {"class": None}  # a None in the list itself
 _KV = ("keys", "values", "offset")
 _BATCH = (*_KV, "left_padding", "_idx")
 
@@ -81,7 +90,7 @@ def _capture_layers(layers: Sequence[Any], encoder: TreeEncoder, everything: boo
 
 def _capture(layer: Any, encoder: TreeEncoder, everything: bool, path: str) -> JSON:
     if layer is None:
-        return {"class": None}
+        return dict(_GAP)
     if class_name(layer) == _CACHE_LIST:
         parts = _capture_layers(layer.caches, encoder, everything, path)
         return {"class": _CACHE_LIST, "caches": parts}
@@ -90,10 +99,12 @@ def _capture(layer: Any, encoder: TreeEncoder, everything: bool, path: str) -> J
 
 
 def _plan_layers(layers: Sequence[Any], records: JSON, decoder: TreeDecoder, path: str) -> Iterator[Fill]:
-    if not isinstance(records, list) or len(records) != len(layers):
-        found = f"{len(records)} layers" if isinstance(records, list) else "no list of layers"
+    if not isinstance(records, list):
+        raise malformed(path)
+    if len(records) != len(layers):
         raise ValueError(
-            f"{path}: the snapshot has {found}, and the cache has {len(layers)}. Make the cache for the same model"
+            f"{path}: the snapshot has {len(records)} layers, and the cache has {len(layers)}. "
+            "Make the cache for the same model"
         )
     for index, (layer, record) in enumerate(zip(layers, records, strict=True)):
         if record is not None:

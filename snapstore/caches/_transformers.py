@@ -13,19 +13,29 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from snapstore._types import JSON
-from snapstore.caches._kinds import Fill, Kind, always, class_name, kind_of, match_class, never, plan, read
+from snapstore.caches._kinds import (
+    Fill,
+    Kind,
+    always,
+    class_name,
+    kind_of,
+    malformed,
+    match_class,
+    never,
+    plan,
+    read,
+)
 from snapstore.caches._tree import TensorType, TreeDecoder, TreeEncoder
 
-
-def _is_tensor(value: object) -> bool:
+TENSORS = TensorType(
+    framework="torch",
     # By exact type: a subclass (a quantised or a distributed tensor) is more than its bytes.
-    import torch
-
-    return type(value) in (torch.Tensor, torch.nn.Parameter)
-
-
-TENSORS = TensorType(framework="torch", matches=_is_tensor, handle=lambda tensor: tensor)
+    matches=lambda value: type(value) in (torch.Tensor, torch.nn.Parameter),
+    handle=lambda tensor: tensor,
+)
 
 # -- the allow-list: building blocks first, as the library's classes inherit ------------------------------------------
 
@@ -192,7 +202,7 @@ def _plan_cache(cache: Any, record: JSON, decoder: TreeDecoder, path: str) -> It
 
 def _plan_layers(cache: Any, kind: Kind, records: JSON, decoder: TreeDecoder, path: str) -> Iterator[Fill]:
     if not isinstance(records, list):
-        raise ValueError(f"{path}layers: the metadata has no list of layers that snapstore.caches wrote")
+        raise malformed(f"{path}layers")
     layers = _layers_up_to(
         cache, 1 + max((i for i, record in enumerate(records) if record is not None), default=-1)
     )
@@ -264,8 +274,6 @@ def _fits(old: Any, new: Any) -> bool:
 
 
 def _copy_into(old: Any, new: Any) -> Any:
-    import torch
-
     with (
         torch.inference_mode()
     ):  # the only mode that may write into a tensor made in inference mode; any other, too
@@ -273,8 +281,6 @@ def _copy_into(old: Any, new: Any) -> Any:
 
 
 def _clone(tensor: Any) -> Any:
-    import torch
-
     with (
         torch.inference_mode(False),
         torch.no_grad(),

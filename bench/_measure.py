@@ -1,0 +1,148 @@
+"""Measuring: contenders in turn, so that the machine's drift hits all alike, and ratios within one run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+Contender = Callable[[], float]
+"""One measured round: does the work, with what must surround it, and gives the seconds that count."""
+
+LIMIT = "limit"
+SNAPSTORE = "snapstore"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One contender's rounds in one case of a workload. Seconds, unless the case says otherwise."""
+
+    workload: str
+    case: str
+    contender: str
+    rounds: int
+    median: float
+    p99: float
+    highest: float
+    to_limit: float | None
+    """Median of the ratios to the limit, round by round."""
+
+
+@dataclass(slots=True)
+class Case:
+    """One question: contenders that do the same work, one of which may be the machine's own limit."""
+
+    workload: str
+    name: str
+    contenders: Mapping[str, Contender]
+    rounds: int
+    warm_up: int = 2
+    goal: str = ""
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def run(self) -> list[Figure]:
+        """Every contender once a round, in turn; the first rounds are not counted."""
+        self.seconds = {name: [] for name in self.contenders}
+        for number in range(-self.warm_up, self.rounds):
+            for name, contender in self.contenders.items():
+                took_s = contender()
+                if number >= 0:
+                    self.seconds[name].append(took_s)
+        return [self._figure(name, values) for name, values in self.seconds.items()]
+
+    def _figure(self, name: str, values: list[float]) -> Figure:
+        limit = self.seconds.get(LIMIT)
+        ratio = statistics.median(a / b for a, b in zip(values, limit, strict=True)) if limit else None
+        return Figure(
+            self.workload,
+            self.name,
+            name,
+            len(values),
+            statistics.median(values),
+            percentile(values, 0.99),
+            max(values),
+            ratio,
+        )
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value that ``share`` of the values do not pass; the largest one where there are few."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+@contextmanager
+def hungry_thread() -> Iterator[None]:
+    """A thread that never gives the GIL up by itself."""
+    stop = False
+
+    def devour() -> None:
+        total = 0
+        while not stop:
+            total += 1
+
+    thread = threading.Thread(target=devour, name="bench-hungry", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop = True
+        thread.join()
+
+
+@contextmanager
+def ticker(gaps_s: list[float], period_s: float = 0.0005) -> Iterator[None]:
+    """A thread that notes how much later than asked it woke each time: what others' calls cost it."""
+    from time import perf_counter
+
+    end = threading.Event()
+
+    def tick() -> None:
+        before_s = perf_counter()
+        while not end.wait(period_s):
+            now_s = perf_counter()
+            gaps_s.append(now_s - before_s - period_s)
+            before_s = perf_counter()
+
+    thread = threading.Thread(target=tick, name="bench-ticker", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+
+
+def environment() -> dict[str, str]:
+    """What the figures hold for: machine, Python, packages, disk."""
+    packages = ("snapstore", "numpy", "torch", "mlx", "safetensors", "xxhash")
+    found = {name: _version(name) for name in packages}
+    return {
+        "machine": f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} processors, {_model()}",
+        "python": sys.version.split()[0],
+        **{name: version for name, version in found.items() if version},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    )

@@ -1,0 +1,101 @@
+"""``drain``: the time until everything is committed. Limit: one write of the same bytes to as many files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from bench._measure import LIMIT, SNAPSTORE, Case, Contender, Figure
+from bench._work import KiB, MiB, fresh_folder, fresh_store, numpy_tensors, torch_tensors, write_raw
+from snapstore import SnapshotStore
+
+LOADS = {
+    "64 x 16 MiB": (64, 16 * MiB, 48),
+    "512 x 256 KiB": (512, 256 * KiB, 48),
+    "8 x 256 MiB": (8, 256 * MiB, 64),
+}
+GOALS = {"64 x 16 MiB": "raw / drain >= 1.0", "512 x 256 KiB": "raw / drain >= 0.8"}
+
+
+def run(*, quick: bool) -> Iterator[tuple[Case, list[Figure]]]:
+    """Per load the page cache; for the first, each durability."""
+    rounds = 3 if quick else 9
+    for load, (files, nbytes, count) in LOADS.items():
+        if quick and load == "8 x 256 MiB":
+            continue
+        with ExitStack() as stack:
+            contenders: dict[str, Contender] = {LIMIT: _raw(stack, files, nbytes)}
+            for durability in ("none", "data", "full") if load == "64 x 16 MiB" and not quick else ("none",):
+                contenders[f"{SNAPSTORE}, durability {durability}"] = _drain(
+                    stack, files, nbytes, count, durability
+                )
+            contenders[f"{SNAPSTORE}, no checksum"] = _drain(
+                stack, files, nbytes, count, "none", checksum=False
+            )
+            contenders["safetensors save_file"] = _save_file(stack, files, torch_tensors(count, nbytes))
+            case = Case("drain", load, contenders, rounds, warm_up=1, goal=GOALS.get(load, ""))
+            yield case, case.run()
+
+
+def _raw(stack: ExitStack, files: int, nbytes: int) -> Contender:
+    folder = stack.enter_context(fresh_folder())
+    buffer = memoryview(np.random.default_rng(0).bytes(nbytes))
+
+    def once() -> float:
+        for path in folder.iterdir():
+            path.unlink()
+        began_s = perf_counter()
+        for number in range(files):
+            write_raw(folder / str(number), buffer)
+        return perf_counter() - began_s
+
+    return once
+
+
+def _drain(
+    stack: ExitStack, files: int, nbytes: int, count: int, durability: str, *, checksum: bool = True
+) -> Contender:
+    store = stack.enter_context(
+        fresh_store(
+            durability=durability, checksum=checksum, max_pending_jobs=1000, max_pending_bytes=4096 * MiB, save_timeout_s=60
+        )
+    )  # fmt: skip
+    tensors = numpy_tensors(count, nbytes)
+
+    def once() -> float:
+        store.cleanup_all(timeout_s=60)
+        _await_empty_trash(store)
+        began_s = perf_counter()
+        for number in range(files):
+            store.save(f"request-{number}", 1, tensors, borrow=True)
+        store.flush(300)
+        return perf_counter() - began_s
+
+    return once
+
+
+def _await_empty_trash(store: SnapshotStore) -> None:
+    from time import sleep
+
+    while store.stats().trash_bytes:
+        sleep(0.002)
+
+
+def _save_file(stack: ExitStack, files: int, tensors: dict[str, Any]) -> Contender:
+    import safetensors.torch
+
+    folder = stack.enter_context(fresh_folder())
+
+    def once() -> float:
+        for path in folder.iterdir():
+            path.unlink()
+        began_s = perf_counter()
+        for number in range(files):
+            safetensors.torch.save_file(tensors, folder / str(number))
+        return perf_counter() - began_s
+
+    return once

@@ -1,0 +1,152 @@
+"""``save``: what a snapshot costs the calling thread. Limit: one memcpy of the bytes into warm memory."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from bench._measure import LIMIT, SNAPSTORE, Case, Contender, Figure, hungry_thread
+from bench._work import KiB, MiB, fresh_folder, fresh_store, mlx_tensors, numpy_tensors, torch_tensors
+from snapstore import SnapshotStore
+
+SIZES = {
+    "16 MiB in 48": (48, 16 * MiB),
+    "256 KiB in 48": (48, 256 * KiB),
+    "64 MiB in 64": (64, 64 * MiB),
+    "0.8 MiB in 200": (200, 800 * KiB),
+}
+GOALS = {"16 MiB in 48": "<= 1.10 x limit", "256 KiB in 48": "<= 150 us"}
+
+
+def run(*, quick: bool) -> Iterator[tuple[Case, list[Figure]]]:
+    """Idle; with the writer busy; beside a thread that hungers for the GIL."""
+    rounds = 15 if quick else 100
+    for size, (count, nbytes) in SIZES.items():
+        with ExitStack() as stack:
+            yield _measured(
+                Case(
+                    "save",
+                    f"{size}, idle",
+                    _contenders(stack, count, nbytes),
+                    rounds,
+                    goal=GOALS.get(size, ""),
+                )
+            )
+    for size in ("16 MiB in 48", "256 KiB in 48"):
+        with ExitStack() as stack:
+            contenders = _ours(stack, *SIZES[size])
+            with hungry_thread():
+                case = Case(
+                    "save", f"{size}, beside a GIL-hungry thread", contenders, rounds, goal="<= 3 x idle"
+                )
+                yield _measured(case)
+        with ExitStack() as stack:
+            contenders = _ours(stack, *SIZES[size], settle=False)
+            yield _measured(Case("save", f"{size}, writer busy", contenders, min(rounds, 24)))
+
+
+def _measured(case: Case) -> tuple[Case, list[Figure]]:
+    return case, case.run()
+
+
+def _contenders(stack: ExitStack, count: int, nbytes: int) -> dict[str, Contender]:
+    return {**_ours(stack, count, nbytes), **_peers(stack, torch_tensors(count, nbytes))}
+
+
+def _ours(stack: ExitStack, count: int, nbytes: int, *, settle: bool = True) -> dict[str, Contender]:
+    source = np.frombuffer(np.random.default_rng(0).bytes(nbytes), np.uint8)
+    target = np.zeros(nbytes, np.uint8)
+    made = {"numpy": numpy_tensors, "torch": torch_tensors, "mlx": mlx_tensors}
+    contenders: dict[str, Contender] = {LIMIT: lambda: _timed(lambda: np.copyto(target, source))}
+    for framework, tensors in made.items():
+        store = stack.enter_context(fresh_store(max_pending_jobs=1000, max_pending_bytes=4096 * MiB))
+        contenders[f"{SNAPSTORE} {framework}"] = _saver(store, tensors(count, nbytes), settle=settle)
+    store = stack.enter_context(fresh_store())
+    contenders[f"{SNAPSTORE} torch, borrow"] = _saver(
+        store, torch_tensors(count, nbytes), borrow=True, settle=True
+    )
+    return contenders
+
+
+def _saver(store: SnapshotStore, tensors: dict[str, Any], *, borrow: bool = False, settle: bool) -> Contender:
+    """One save, timed; ``settle`` has it committed before the next round begins."""
+    numbers = itertools.count()
+
+    def once() -> float:
+        number = next(numbers)
+        began_s = perf_counter()
+        ticket = store.save(f"request-{number % 8}", number // 8 % 8, tensors, borrow=borrow)
+        took_s = perf_counter() - began_s
+        if settle:
+            ticket.result(60)
+        return took_s
+
+    return once
+
+
+def _peers(stack: ExitStack, tensors: dict[str, Any]) -> dict[str, Contender]:
+    """What a user would otherwise call in the step."""
+    import safetensors.torch
+    import torch
+
+    folder = stack.enter_context(fresh_folder())
+    pool = stack.enter_context(ThreadPoolExecutor(1))
+
+    def in_executor() -> float:
+        began_s = perf_counter()
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        future = pool.submit(safetensors.torch.save_file, copies, folder / "executor")
+        took_s = perf_counter() - began_s
+        future.result()
+        return took_s
+
+    return {
+        "safetensors save_file in the step": lambda: _timed(
+            lambda: safetensors.torch.save_file(tensors, folder / "save_file")
+        ),
+        "torch.save in the step": lambda: _timed(lambda: torch.save(tensors, folder / "torch.save")),
+        "executor with clones": in_executor,
+        **_async_save(stack, folder, tensors),
+    }
+
+
+def _async_save(stack: ExitStack, folder: Path, tensors: dict[str, Any]) -> dict[str, Contender]:
+    """``torch.distributed.checkpoint.async_save`` in one process."""
+    import torch.distributed.checkpoint as checkpoint
+
+    stack.enter_context(_quiet())
+
+    def once() -> float:
+        began_s = perf_counter()
+        future = checkpoint.async_save(dict(tensors), checkpoint_id=str(folder / "dcp"), no_dist=True)
+        took_s = perf_counter() - began_s
+        future.result()  # type: ignore[union-attr]
+        return took_s
+
+    return {"torch async_save": once}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    import contextlib
+    import logging
+    import warnings
+
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _timed(work: Any) -> float:
+    began_s = perf_counter()
+    work()
+    return perf_counter() - began_s

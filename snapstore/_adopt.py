@@ -1,0 +1,141 @@
+"""Adopting: the committed snapshots of dead sessions become this session's own.
+
+Files are checked by header, size and identity. What is torn or foreign, and all but the newest life of a request, goes
+into the dead session's own trash, so whoever comes to that session next finds nothing to adopt in it. A generation moves
+with one rename: wherever a crash strikes, each of its snapshots is in exactly one session, and can be adopted again.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, field
+
+from snapstore import _paths
+from snapstore._errors import SnapshotCorruptError
+from snapstore._files import FileSystem, disk_bytes, opened
+from snapstore._paths import join
+from snapstore._reader import read_header
+from snapstore._session import Session, dead_sessions
+
+_NOT_A_SNAPSHOT = frozenset({errno.EINVAL, errno.ELOOP, errno.ENXIO})
+"""What ``open_read`` says of links, directories, FIFOs and devices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A snapshot of a dead session that this store has made its own."""
+
+    request_id: str
+    token_count: int
+    generation: int
+    path: str
+    nbytes: int
+    disk_bytes: int
+
+
+@dataclass(slots=True)
+class Adoption:
+    """What was adopted, and the dead sessions to spare because something in them could not be read just now."""
+
+    found: list[Found] = field(default_factory=list)
+    spared: set[str] = field(default_factory=set)
+    errors: list[OSError] = field(default_factory=list)
+
+    def spare(self, session: str, error: OSError) -> None:
+        self.spared.add(session)
+        self.errors.append(error)
+
+
+def adopt(files: FileSystem, session: Session, *, durable: bool = False) -> Adoption:
+    """Move committed snapshots of dead sessions here, newest session first; of a request, one life only.
+
+    Blocks for the disk: one read of a header a file. An error of the disk spares what it concerns for the next start.
+    """
+    adoption = Adoption()
+    lives: set[str] = set()
+    try:
+        for dead in dead_sessions(files, session.root, newest_first=True):
+            try:
+                _adopt_session(files, dead.path, session.path, lives, adoption)
+            except OSError as error:
+                adoption.spare(dead.path, error)
+            finally:
+                dead.lock.release()
+        if durable and adoption.found:
+            files.sync_directory(session.path)
+    except OSError as error:
+        adoption.errors.append(error)
+    return adoption
+
+
+def _adopt_session(files: FileSystem, dead: str, session: str, lives: set[str], adoption: Adoption) -> None:
+    for name in _generations(files, dead):
+        try:
+            adoption.found += _adopt_generation(files, dead, name, session, lives)
+        except OSError as error:
+            adoption.spare(dead, error)
+
+
+def _generations(files: FileSystem, session: str) -> list[str]:
+    """Directories of generations, the latest first."""
+    dated = [
+        (parsed.generation, name)
+        for name in files.names(session)
+        if (parsed := _paths.parse_generation_name(name)) is not None
+    ]
+    return [name for _, name in sorted(dated, reverse=True)]
+
+
+def _adopt_generation(files: FileSystem, dead: str, name: str, session: str, lives: set[str]) -> list[Found]:
+    """A later life was seen already: this one had ended. Else it is the newest one, be it sound or not."""
+    parsed = _paths.parse_generation_name(name)
+    source, target = join(dead, name), join(session, name)
+    if parsed is None or parsed.request_hash in lives:
+        _drop(files, source, dead)
+        return []
+    lives.add(parsed.request_hash)
+    found = []
+    for each in files.names(source):
+        snapshot = _examined(files, join(source, each), name, each, join(target, each))
+        if snapshot is None:
+            _drop(files, join(source, each), dead)
+        else:
+            found.append(snapshot)
+    if found:
+        with opened(files, files.open_directory(source)) as fd:
+            files.tighten(fd)
+        files.rename(source, target)
+    return found
+
+
+def _drop(files: FileSystem, path: str, dead: str) -> None:
+    trash = join(dead, _paths.TRASH)
+    try:
+        files.rename(path, join(trash, _paths.random_name()))
+    except FileNotFoundError:
+        files.make_directory(trash)
+        files.rename(path, join(trash, _paths.random_name()))
+
+
+def _examined(files: FileSystem, path: str, generation_name: str, name: str, target: str) -> Found | None:
+    """``None`` if it is no snapshot of this generation, or torn. ``OSError`` where that could not be found out."""
+    token_count = _paths.parse_snapshot_name(name)
+    if token_count is None:
+        return None
+    try:
+        with opened(files, files.open_read(path)) as fd:
+            files.tighten(fd)
+            header = read_header(files, fd)
+            size = disk_bytes(files.status(fd))
+    except SnapshotCorruptError:
+        return None
+    except OSError as error:
+        if error.errno in _NOT_A_SNAPSHOT:
+            return None
+        raise
+    facts = header.facts
+    if facts is None or facts.token_count != token_count:
+        return None
+    if _paths.generation_name(facts.request_id, facts.generation) != generation_name:
+        return None
+    return Found(facts.request_id, token_count, facts.generation, target, header.layout.nbytes, size)

@@ -1,0 +1,263 @@
+"""torch tensors <-> host bytes. Works without numpy.
+
+PLACEHOLDER
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from snapstore._format import Layout, TensorSpec
+from snapstore._memory import copy_bytes
+from snapstore._types import Framework
+from snapstore.adapters import unsupported
+
+_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+_REFUSED: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (lambda t: not isinstance(t, torch.Tensor), "it is no tensor; save torch.as_tensor of it"),
+    (torch.nn.parameter.is_lazy, "it has no shape yet; run its module once first"),
+    (
+        lambda t: type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__,
+        "it only wraps other tensors; save those (for a DTensor, to_local() or full_tensor())",
+    ),
+    (
+        torch._C._functorch.is_functorch_wrapped_tensor,
+        "it stands for many tensors inside a torch.func transform; save what the transform returns",
+    ),
+    (lambda t: t.is_meta, "it is a meta tensor, which has no data; save the real one"),
+    (lambda t: t.is_nested, "it is nested; save the tensors of unbind()"),
+    (lambda t: t.layout is not torch.strided, "it is sparse or opaque; save to_dense(), or its parts"),
+    (lambda t: t.is_quantized, "it is quantised; save int_repr(), and scale and zero point as metadata"),
+    (lambda t: t._is_zerotensor(), "it is a zero that has no memory; save its clone()"),
+)
+"""What can not be saved whatever its dtype, in an order in which no test meets a tensor that breaks it."""
+
+_ADVICE = {
+    torch.complex128: "save torch.view_as_real(tensor), or complex64",
+    torch.complex32: "save torch.view_as_real(tensor), or complex64",
+}
+
+
+def _keys(tensor: torch.Tensor) -> int:
+    """What torch's dispatcher knows of it: backend, conj and neg bits, wrappers. Unlike ``is_neg()``, keeps the GIL."""
+    return torch._C._dispatch_keys(tensor).raw_repr()
+
+
+def _plain_keys() -> frozenset[int]:
+    """Those of dense tensors in host memory whose bytes are their values, made in and outside of inference mode."""
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.add(_keys(torch.empty(0, device="cpu")))
+    return frozenset(found)
+
+
+_PLAIN_KEYS = _plain_keys()
+_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+
+_memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
+_READ = 0x100
+
+
+_FEW_ROWS = 16
+_LONG_ROW_BYTES = 4096
+"""Rows are copied one by one where they are few, or so long that finding each costs less than copying it."""
+
+
+class _Source(NamedTuple):
+    """A tensor, and how its bytes are to be had.
+
+    ``lead`` is the number of its axes that count rows without a gap in host memory (0: it is contiguous);
+    ``None``: torch has to copy it.
+    """
+
+    tensor: torch.Tensor
+    lead: int | None
+
+
+class TorchAdapter:
+    """Tensors in host memory, and for now also on a device, from which they are copied while the caller waits."""
+
+    framework: Framework = "torch"
+    frozen_views = False
+
+    def describe(self, tensors: Mapping[str, Any]) -> tuple[list[TensorSpec], list[_Source]]:
+        """Check every tensor; look at its dtype, shape and strides only. Does not block."""
+        specs, sources = [], []
+        with torch._C.DisableTorchFunction():
+            for name, tensor in tensors.items():
+                lead = _lead(name, tensor)
+                specs.append(TensorSpec(name, _NAMES[tensor.dtype], tuple(tensor.shape)))
+                sources.append(_Source(tensor, lead))
+        return specs, sources
+
+    def copy_into(self, sources: Sequence[_Source], layout: Layout, buffer: memoryview) -> None:
+        """Blocks for one copy of the bytes; holds the GIL but between slices of them, and while torch copies."""
+        left = []
+        for (tensor, lead), offset, size in zip(sources, layout.offsets, layout.sizes, strict=True):
+            if lead is None:
+                left.append((offset, tensor))
+            elif size:
+                for row in _rows(tensor, lead):
+                    copy_bytes(row, buffer[offset : offset + len(row)])
+                    offset += len(row)
+        if left:
+            _copy_by_torch(left, buffer)
+
+    def view(self, sources: Sequence[_Source]) -> tuple[list[memoryview], list[Any]]:
+        """The tensors' own memory; one that is not contiguous in host memory is copied first, which blocks for that."""
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            tensors = [tensor if lead == 0 else _host_copy(tensor) for tensor, lead in sources]
+        views = [next(_rows(tensor, 0)) if tensor.numel() else memoryview(b"") for tensor in tensors]
+        # The storages: a tensor can be given another one (``t.data = ...``), and its first would be freed.
+        return views, [tensor.untyped_storage() for tensor in tensors]
+
+    def from_host(self, layout: Layout, buffer: memoryview, device: Any) -> dict[str, torch.Tensor]:
+        """Writable tensors over ``buffer``, which the last of them frees; blocks for a copy if a device is named."""
+        target = _device(device)
+        # Usable anywhere, also where the caller is in inference mode or has set a default device.
+        with torch.inference_mode(False), torch._C.DisableTorchFunction():
+            tensors = {
+                spec.name: _tensor_over(buffer, spec, offset)
+                for spec, offset in zip(layout.specs, layout.offsets, strict=True)
+            }
+            if target is not None:
+                tensors = {name: tensor.to(target) for name, tensor in tensors.items()}
+        return tensors
+
+
+def _lead(name: str, tensor: Any) -> int | None:
+    """How to get at its bytes, as ``_Source`` says; ``UnsupportedTensorError`` if there is no way."""
+    plain = type(tensor) in _PLAIN_TYPES and _keys(tensor) in _PLAIN_KEYS
+    if not plain:
+        _refuse(name, tensor)
+    if tensor.dtype not in _NAMES:
+        advice = _ADVICE.get(tensor.dtype, "save tensor.view(torch.uint8), or another dtype")
+        raise unsupported(name, f"safetensors has no dtype {tensor.dtype}; {advice}")
+    if not plain and (not tensor.is_cpu or tensor.is_conj() or tensor.is_neg()):
+        return None
+    if tensor.numel() and not tensor.data_ptr():
+        raise unsupported(name, "its memory is gone: its storage has been resized to nothing")
+    return _row_axes(tensor)
+
+
+def _refuse(name: str, tensor: Any) -> None:
+    for is_so, why in _REFUSED:
+        if is_so(tensor):
+            raise unsupported(name, why)
+
+
+def _row_axes(tensor: torch.Tensor) -> int | None:
+    if tensor.is_contiguous():
+        return 0
+    shape, strides = tensor.shape, tensor.stride()
+    lead, width = len(shape), 1
+    while lead and (shape[lead - 1] == 1 or strides[lead - 1] == width):
+        lead -= 1
+        width *= shape[lead]
+    few = _FEW_ROWS + tensor.nbytes // _LONG_ROW_BYTES
+    return lead if math.prod(shape[:lead]) <= few else None
+
+
+def _rows(tensor: torch.Tensor, lead: int) -> Iterator[memoryview]:
+    """Its memory, row by row in the order of its values. The views do not keep it alive."""
+    address, nbytes, itemsize = tensor.data_ptr(), tensor.nbytes, tensor.itemsize
+    if not lead:
+        yield _memory_at(address, nbytes, _READ)
+        return
+    shape = tensor.shape[:lead]
+    steps = [
+        [i * stride * itemsize for i in range(n)] for n, stride in zip(shape, tensor.stride(), strict=False)
+    ]
+    for step in itertools.product(*steps):
+        yield _memory_at(address + sum(step), nbytes // math.prod(shape), _READ)
+
+
+def _copy_by_torch(left: Sequence[tuple[int, torch.Tensor]], buffer: memoryview) -> None:
+    """In as few calls as can be, since each lets the GIL go: one for all that is in host memory."""
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        # As bytes: torch makes every byte of a bool that is not 0 a 1.
+        raw = [
+            (offset, each.view(torch.uint8) if each.dtype is torch.bool else each) for offset, each in left
+        ]
+        pairs = [
+            pair
+            for offset, run in _runs(raw)
+            for pair in zip(_targets(buffer, offset, run), run, strict=True)
+        ]
+        near = [pair for pair in pairs if pair[1].is_cpu]
+        if near:
+            torch._foreach_copy_([target for target, _ in near], [source for _, source in near])
+        for target, source in pairs:
+            if not source.is_cpu:
+                _copy_from_device(target, source)
+
+
+def _copy_from_device(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Blocks until the device has made the values and they have arrived."""
+    target.copy_(source)
+
+
+def _runs(placed: Sequence[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """Tensors of one dtype that come to lie side by side, with the offset of the first: their targets take one call."""
+    run: list[torch.Tensor] = []
+    start = end = 0
+    for offset, tensor in sorted(placed, key=lambda each: each[0]):
+        if run and (offset != end or tensor.dtype != run[0].dtype):
+            yield start, run
+            run = []
+        if not run:
+            start = offset
+        run.append(tensor)
+        end = offset + tensor.nbytes
+    yield start, run
+
+
+def _targets(buffer: memoryview, offset: int, run: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Tensors over ``buffer`` from ``offset`` on, shaped as those of the run."""
+    count = sum(tensor.numel() for tensor in run)
+    flat = torch.frombuffer(buffer, dtype=run[0].dtype, count=count, offset=offset)
+    targets: Sequence[torch.Tensor] = torch._utils._unflatten_dense_tensors(flat, run)
+    return targets
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
+
+
+def _device(device: Any) -> torch.device | None:
+    """``None``: the host. ``ValueError`` for what torch knows no device by."""
+    if device is None:
+        return None
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"torch has no device {device!r}") from error
+
+
+def _tensor_over(buffer: memoryview, spec: TensorSpec, offset: int) -> torch.Tensor:
+    dtype, count = _DTYPES[spec.dtype], math.prod(spec.shape)
+    if not count:  # frombuffer refuses to make nothing
+        return torch.empty(spec.shape, dtype=dtype, device="cpu")
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(spec.shape)
+
+
+ADAPTER = TorchAdapter()
