@@ -17,8 +17,8 @@ from snapstore._paths import join
 from snapstore._reader import read_header
 from snapstore._session import Session, dead_sessions
 
-_NOT_A_SNAPSHOT = frozenset({errno.EINVAL, errno.ELOOP, errno.ENXIO})
-"""What ``open_read`` says of links, directories, FIFOs and devices."""
+_NOT_OURS = frozenset({errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.ENXIO})
+"""What opening says of a link, a FIFO, a device, a directory for a file or a file for a directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,25 +87,35 @@ def _generations(files: FileSystem, session: str) -> list[str]:
 
 
 def _adopt_generation(files: FileSystem, dead: str, name: str, session: str, lives: set[str]) -> list[Found]:
-    """A later life was seen already: this one had ended. Else it is the newest one, be it sound or not."""
     parsed = _paths.parse_generation_name(name)
     source, target = join(dead, name), join(session, name)
+    # A later life of this request was seen already, so this one had ended. Else it is the newest one, sound or not.
     if parsed is None or parsed.request_hash in lives:
         _drop(files, source, dead)
         return []
     lives.add(parsed.request_hash)
     found = []
-    for each in files.names(source):
+    for each in _names_in(files, source):
         snapshot = _examined(files, join(source, each), name, each, join(target, each))
         if snapshot is None:
             _drop(files, join(source, each), dead)
         else:
             found.append(snapshot)
     if found:
-        with opened(files, files.open_directory(source)) as fd:
-            files.tighten(fd)
         files.rename(source, target)
     return found
+
+
+def _names_in(files: FileSystem, directory: str) -> list[str]:
+    """The names in a generation's directory, which is made private again; none in what is no directory."""
+    try:
+        with opened(files, files.open_directory(directory)) as fd:
+            files.tighten(fd)
+            return files.names(fd)
+    except OSError as error:
+        if error.errno in _NOT_OURS:
+            return []
+        raise
 
 
 def _drop(files: FileSystem, path: str, dead: str) -> None:
@@ -130,7 +140,7 @@ def _examined(files: FileSystem, path: str, generation_name: str, name: str, tar
     except SnapshotCorruptError:
         return None
     except OSError as error:
-        if error.errno in _NOT_A_SNAPSHOT:
+        if error.errno in _NOT_OURS:
             return None
         raise
     facts = header.facts

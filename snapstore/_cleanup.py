@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from snapstore._files import FileSystem, remove_tree
+from snapstore._files import FileSystem, exists, remove_tree
 from snapstore._records import Life
 from snapstore._session import Budget, Session, reclaim
 from snapstore._state import State
@@ -23,6 +23,9 @@ from snapstore._types import CleanupReport
 RECLAIM_SESSIONS = 64
 RECLAIM_S = 30.0
 """Bounds of the leftovers that one store reclaims at its start; the next start goes on."""
+
+_LOOK_EVERY_S = 0.1
+"""While leftovers are reclaimed: how often this store's own trash and the free space are looked at."""
 
 _log = logging.getLogger("snapstore.cleanup")
 
@@ -54,46 +57,67 @@ class Ending:
 
 
 class Sweeper:
-    """What the sweeper thread runs. It only removes, and is the last to leave."""
+    """What the sweeper thread runs. It only removes.
 
-    def __init__(self, state: State, session: Session, files: FileSystem, *, reclaim_leftovers: bool) -> None:
+    ``leftovers``: the sessions of dead owners to spare while the others are reclaimed; ``None``: all are left alone.
+    """
+
+    def __init__(
+        self, state: State, session: Session, files: FileSystem, *, leftovers: frozenset[str] | None
+    ) -> None:
         self._state = state
         self._session = session
         self._files = files
-        self._reclaim_leftovers = reclaim_leftovers
+        self._leftovers = leftovers
         self._trash: deque[tuple[str, int]] = deque()
-        self._warned = False
-        self.ending = Ending()
+        self._ending: Ending | None = None
+        self._failing = False
+        self._failed_now = False
+        self._looked_s = -math.inf
+        self.busy_since_s: float | None = None
+        """When the removal that is under way began; ``None`` while there is none."""
 
     @property
     def trash_left(self) -> int:
         """Forgotten directories whose bytes are not freed yet."""
         return len(self._trash)
 
+    def end_so(self, ending: Ending) -> None:
+        """How to end; to be followed by ``state.end_sweeper``. What is reclaimed of others is left at once."""
+        self._ending = ending
+
     def run(self) -> None:
-        """Until the state says that it is over; then the trash, within its time, and the session, as ``ending`` says."""
+        """Until the state says that it is over; then the trash, within its time, and the session, as it was told."""
         try:
-            if self._reclaim_leftovers:
-                self._reclaim()
-            while (lives := self._state.claim_dirt()) is not None:
+            self._reclaim()
+            while (lives := self._next_dirt()) is not None:
+                self._failed_now = False
                 self._sweep(lives)
                 del lives
                 self._look_at_space()
                 self._empty_trash()
-            self._leave()
+                self._note_recovery()
+            self._leave(self._ending or Ending())
         except _TimeIsUp:
-            self.ending.errors.append(
+            assert self._ending is not None
+            self._ending.errors.append(
                 "shutdown's time ended before the trash was empty; the next store frees it"
             )
         finally:
-            self._session.release()
+            self.busy_since_s = None
+
+    def _next_dirt(self) -> list[Life] | None:
+        self.busy_since_s = None
+        lives = self._state.claim_dirt()
+        self.busy_since_s = time.monotonic()
+        return lives
 
     def _sweep(self, lives: list[Life]) -> None:
         for life in lives:
             try:
                 trashed_bytes = self._rename_aside(life)
             except OSError as error:
-                self._warn(error)
+                self._note_failure(error)
                 self._state.not_swept(life, error)
             else:
                 self._state.swept(life, trashed_bytes)
@@ -105,63 +129,69 @@ class Sweeper:
         try:
             self._files.rename(directory, path)
         except FileNotFoundError:
-            if not self._exists(directory):
+            if not exists(self._files, directory):
                 return 0
             self._session.mend()
             self._files.rename(directory, path)
         self._trash.append((path, life.doomed_bytes))
         return life.doomed_bytes
 
-    def _exists(self, path: str) -> bool:
-        try:
-            self._files.status_at(path)
-        except FileNotFoundError:
-            return False
-        return True
-
     def _sweep_what_came(self) -> None:
         """Called between two removals: a cleaner may be waiting, or shutdown's time be up."""
-        if time.monotonic() >= self.ending.give_up_s:
+        self.busy_since_s = now_s = time.monotonic()
+        if self._ending is not None and now_s >= self._ending.give_up_s:
             raise _TimeIsUp
         self._sweep(self._state.take_dirt())
 
     def _empty_trash(self) -> None:
-        """Free the bytes of all that waits, and of what comes meanwhile; what will not go waits for the next round."""
-        stubborn: list[tuple[str, int]] = []
-        while self._trash:
+        for _ in range(len(self._trash)):
             path, nbytes = self._trash[0]
             errors = remove_tree(self._files, path, between=self._sweep_what_came)[1]
             self._trash.popleft()
             if errors:
-                self._warn(errors[0])
-                stubborn.append((path, nbytes))
+                self._note_failure(errors[0])
+                self._state.not_freed(errors[0])
+                self._trash.append((path, nbytes))
             else:
                 self._state.freed(nbytes)
-        self._trash.extend(stubborn)
 
     def _look_at_space(self) -> None:
+        self._looked_s = time.monotonic()
         try:
-            self._state.note_free_bytes(self._files.free_bytes(self._session.path))
+            self._state.note_free_bytes(self._files.free_bytes(self._session.root))
         except OSError as error:
-            self._warn(error)
+            _log.debug("the free space is not to be known: %s", error)
 
     def _reclaim(self) -> None:
-        budget = Budget(RECLAIM_SESSIONS, time.monotonic() + RECLAIM_S)
+        """Once. Whatever is asked of this store meanwhile comes first."""
+        spare, self._leftovers = self._leftovers, None
+        if spare is None:
+            return
+        budget = Budget(RECLAIM_SESSIONS, time.monotonic() + RECLAIM_S, spare)
         try:
-            gone = reclaim(self._files, self._session.root, budget, self._sweep_what_came)
+            reclaim(self._files, self._session.root, budget, lambda: self._attend(budget))
+        except _Enough:
+            _log.debug("the rest of the leftovers is for the next store")
         except OSError as error:
             budget.errors.append(error)
-            gone = 0
-        if gone:
-            _log.info("reclaimed %d sessions whose owners are dead", gone)
+        if budget.gone:
+            _log.info("reclaimed %d sessions whose owners are dead", budget.gone)
         if budget.errors:
             _log.warning(
                 "%d leftovers could not be removed, the first: %s", len(budget.errors), budget.errors[0]
             )
 
-    def _leave(self) -> None:
+    def _attend(self, budget: Budget) -> None:
+        """Called between two removals of leftovers."""
+        self._sweep_what_came()
+        if self._ending is not None or time.monotonic() >= budget.deadline_s:
+            raise _Enough
+        if self._trash or time.monotonic() - self._looked_s > _LOOK_EVERY_S:
+            self._look_at_space()
+            self._empty_trash()
+
+    def _leave(self, ending: Ending) -> None:
         """The end of the session directory: removed as a whole, or if nothing is left in it."""
-        ending = self.ending
         self._empty_trash()
         try:
             if ending.remove or (ending.remove_if_empty and self._session.is_empty()):
@@ -171,11 +201,21 @@ class Sweeper:
         except OSError as error:
             ending.errors.append(f"could not remove the session: {error}")
 
-    def _warn(self, error: OSError) -> None:
-        level = logging.DEBUG if self._warned else logging.WARNING
-        self._warned = True
+    def _note_failure(self, error: OSError) -> None:
+        """One warning at the change, not one a directory."""
+        level = logging.DEBUG if self._failing else logging.WARNING
+        self._failing = self._failed_now = True
         _log.log(level, "could not remove: %s; it is tried again at the next cleanup and at shutdown", error)
+
+    def _note_recovery(self) -> None:
+        if self._failing and not self._failed_now and self._state.removals_work():
+            self._failing = False
+            _log.info("removals work again")
 
 
 class _TimeIsUp(Exception):
     """Shutdown's deadline, seen between two removals."""
+
+
+class _Enough(Exception):
+    """The bounds of a reclaim, or the end of the store, seen between two removals."""

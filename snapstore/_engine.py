@@ -10,20 +10,24 @@ import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
+from snapstore._adopt import adopt
 from snapstore._cleanup import Ending, Sweeper, clean
 from snapstore._errors import StoreClosedError
 from snapstore._files import FileSystem
 from snapstore._memory import BufferPool
 from snapstore._options import StoreOptions
+from snapstore._records import Published
 from snapstore._session import Session
 from snapstore._state import State
 from snapstore._types import CleanupReport, ShutdownReport, SnapshotInfo, SnapshotKey
 from snapstore._writer import Writer
 
-_WRITER_STARTS = 2
+_STARTS = 2
+"""How often a thread that dies of a bug is started."""
 _SWEEPER_SHARE = 0.1
 """Of shutdown's deadline, what is kept back for removing files when the writer takes all it is given."""
 
@@ -36,25 +40,28 @@ class Engine:
     def __init__(self, root: str, options: StoreOptions, files: FileSystem) -> None:
         self.options = options
         self.files = files
-        self.session = Session.open(files, root)
         self.state = State(options)
         self.pool = BufferPool(options.max_pending_bytes)
         self._pid = os.getpid()
-        self._writer = Writer(self.state, self.session, files, options)
-        self._sweeper = Sweeper(
-            self.state, self.session, files, reclaim_leftovers=options.leftovers != "keep"
-        )
         self._ending = threading.Lock()
-        self._report: Future[ShutdownReport] | None = None
+        self._report: Future[ShutdownReport] = Future()
+        self._deaths: list[str] = []
+        self._leaving = threading.Lock()
+        self._inside = 2
+        durable = options.durability != "none"
+        self.session = Session.open(files, root, durable=durable)
         try:
-            if options.leftovers == "adopt":
-                self._adopt()
-            self.state.note_free_bytes(files.free_bytes(self.session.path))
+            leftovers = None if options.leftovers == "keep" else self._adopt(durable)
+            self._look_at_space()
+            self._writer = Writer(self.state, self.session, files, options)
+            self._sweeper = Sweeper(self.state, self.session, files, leftovers=leftovers)
+            self._sweeper_thread = _thread("snapstore-sweeper", self._run_sweeper)
+            self._writer_thread = _thread("snapstore-writer", self._run_writer)
+            self._start()
         except BaseException:
-            self.session.release()
+            if self._inside == 2:
+                self._give_back_session()
             raise
-        self._sweeper_thread = _start("snapstore-sweeper", self._sweeper.run)
-        self._writer_thread = _start("snapstore-writer", self._run_writer)
 
     def check_process(self) -> None:
         """A forked child has neither the threads nor the session; ``StoreClosedError`` there."""
@@ -71,118 +78,222 @@ class Engine:
     def writer_alive(self) -> bool:
         return self._writer_thread.is_alive()
 
+    @property
+    def sweeper_alive(self) -> bool:
+        return self._sweeper_thread.is_alive()
+
+    @property
+    def removing_since_s(self) -> float | None:
+        """When the removal of files that is under way began, on the monotonic clock."""
+        return self._sweeper.busy_since_s
+
     def clean(self, request_ids: list[str] | None, timeout_s: float) -> CleanupReport:
         """See ``_cleanup.clean``."""
         return clean(self.state, request_ids, timeout_s)
 
+    def refuse(self, why: str) -> None:
+        """Take no more saves. What is accepted is still written."""
+        self.state.close(why)
+
     def shutdown(self, *, cleanup: bool, timeout_s: float) -> ShutdownReport:
-        """End everything within ``timeout_s``. On a thread of its own, so that no caller's interruption stops it half-way."""
-        with self._ending:
-            if self._report is None:
-                self._report = Future()
-                self.state.close("the store is shut down")
-                args = (self._report, cleanup, time.monotonic() + timeout_s)
-                threading.Thread(target=self._end, args=args, name="snapstore-shutdown", daemon=True).start()
+        """End everything within ``timeout_s``. On a thread of its own, so that no caller's interruption stops it half-way.
+
+        Only the first call counts; the others wait for its report.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        if not self._ending.locked():
+            thread = _thread("snapstore-shutdown", lambda: self._end(cleanup, deadline_s))
+            try:
+                thread.start()
+            except RuntimeError:  # the interpreter ends, or the process has as many threads as it may
+                self._end(cleanup, deadline_s)
         return self._report.result()
 
     def let_go(self) -> None:
         """The store was dropped, or the interpreter ends: let the threads write what is accepted and leave. Never blocks."""
+        if self._ending.locked():
+            return
         self.state.close("the store was dropped without shutdown")
-        self._sweeper.ending = Ending(remove_if_empty=True)
+        self._sweeper.end_so(Ending(remove_if_empty=True))
         self.state.end_sweeper(after_writer=True)
 
-    def join_briefly(self, timeout_s: float) -> None:
-        """For the interpreter's exit: what is queued may still reach the disk in this time."""
+    def join_briefly(self, timeout_s: float) -> int:
+        """For the interpreter's exit: what is queued may still reach the disk in this time. How many saves did not."""
         deadline_s = time.monotonic() + timeout_s
         for thread in (self._writer_thread, self._sweeper_thread):
-            thread.join(max(0.0, deadline_s - time.monotonic()))
+            thread.join(_left(deadline_s))
+        return self.state.published.pending
 
-    def _end(self, report: Future[ShutdownReport], cleanup: bool, deadline_s: float) -> None:
+    # -- the beginning ------------------------------------------------------------------------------------------
+
+    def _adopt(self, durable: bool) -> frozenset[str]:
+        """With ``leftovers="adopt"``. The dead sessions that are not to be reclaimed now."""
+        if self.options.leftovers != "adopt":
+            return frozenset()
+        adoption = adopt(self.files, self.session, durable=durable)
+        for found in adoption.found:
+            key = SnapshotKey(found.request_id, found.token_count)
+            info = SnapshotInfo(key, found.generation, Path(found.path), found.nbytes)
+            self.state.adopt(info, found.disk_bytes)
+        if adoption.errors:
+            _log.warning(
+                "%d leftovers could not be adopted and are kept for the next start, the first: %s",
+                len(adoption.errors),
+                adoption.errors[0],
+            )
+        return frozenset(adoption.spared)
+
+    def _look_at_space(self) -> None:
         try:
-            report.set_result(self._end_in_time(cleanup, deadline_s))
-        except BaseException as error:
-            report.set_exception(error)
+            self.state.note_free_bytes(self.files.free_bytes(self.session.root))
+        except OSError as error:
+            _log.debug("the free space is not to be known: %s", error)
+
+    def _start(self) -> None:
+        self._sweeper_thread.start()
+        try:
+            self._writer_thread.start()
+        except BaseException:
+            self.state.writer_ended()
+            self._leave()
+            self.let_go()
             raise
 
-    def _end_in_time(self, cleanup: bool, deadline_s: float) -> ShutdownReport:
-        started_s = time.monotonic()
-        before = self.state.published
-        if cleanup:
-            clean(self.state, None, _left(deadline_s))
-        self._writer_thread.join(_left(deadline_s) * (1 - _SWEEPER_SHARE))
-        abandoned: tuple[SnapshotKey, ...] = ()
-        if self._writer_thread.is_alive():
-            abandoned = self.state.abandon_rest()
-            self._writer_thread.join(_left(deadline_s) * (1 - _SWEEPER_SHARE))
-        ending = self._end_sweeper(cleanup, deadline_s)
-        self.pool.clear()
-        after = self.state.published
-        return ShutdownReport(
-            committed=after.committed - before.committed,
-            cancelled=after.cancelled - before.cancelled,
-            failed=after.failed - before.failed,
-            abandoned=abandoned,
-            trash_left=self._sweeper.trash_left,
-            writer_stopped=not self._writer_thread.is_alive(),
-            session_removed=ending.removed,
-            errors=self._errors(ending, abandoned),
-            waited_s=time.monotonic() - started_s,
-        )
+    def _give_back_session(self) -> None:
+        """Nothing was started. What was adopted stays, for the next store."""
+        try:
+            if self.session.is_empty():
+                self.session.remove(lambda: None)
+        except OSError as error:
+            _log.debug("%s is left to the next store: %s", self.session.path, error)
+        finally:
+            self.session.release()
 
-    def _end_sweeper(self, cleanup: bool, deadline_s: float) -> Ending:
-        """The sweeper is the last to leave: it removes the session and gives up its lock, once the writer is gone.
+    # -- the threads --------------------------------------------------------------------------------------------
+
+    def _run_writer(self) -> None:
+        """The writer thread's top: a bug that ends it is recorded, and the writer is started once more."""
+        try:
+            self._run("writer", self._writer.run, self.state.writer_died)
+        finally:
+            self.state.writer_ended()
+            self._leave()
+
+    def _run_sweeper(self) -> None:
+        """The sweeper thread's top, likewise."""
+        try:
+            self._run("sweeper", self._sweeper.run, self.state.sweeper_died)
+        finally:
+            self._leave()
+
+    def _run(self, name: str, run: Callable[[], None], died: Callable[..., None]) -> None:
+        for start in range(_STARTS):
+            try:
+                run()
+            except BaseException as error:
+                last = start + 1 == _STARTS
+                what = f"the {name} thread died of {type(error).__name__}: {error}"
+                _log.critical("%s%s", what, "" if last else "; it is started again", exc_info=error)
+                if last or self._ending.locked():
+                    self._deaths.append(what)
+                _guarded(lambda error=error, last=last: died(error, for_good=last))  # type: ignore[misc]
+            else:
+                return
+
+    def _leave(self) -> None:
+        """The last of the two threads gives up the session's lock: as long as one may touch its files, it has an owner."""
+        with self._leaving:
+            self._inside -= 1
+            last = self._inside == 0
+        if last:
+            self.session.release()
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def _end(self, cleanup: bool, deadline_s: float) -> None:
+        """All of a shutdown. Whatever a step raises, the next ones are made, and the report says it."""
+        if not self._ending.acquire(blocking=False):
+            return
+        ending = _Shutdown(self.state.published, Ending(remove=cleanup, remove_if_empty=True))
+        steps: list[Callable[[], object]] = [
+            lambda: self.refuse("the store is shut down"),
+            lambda: clean(self.state, None, _left(deadline_s) * (1 - _SWEEPER_SHARE)) if cleanup else None,
+            lambda: self._end_writer(ending, deadline_s),
+            lambda: self._end_sweeper(ending, deadline_s),
+            self.pool.close,
+        ]
+        ending.errors += filter(None, map(_guarded, steps))
+        self._report.set_result(self._reported(ending))
+
+    def _end_writer(self, ending: _Shutdown, deadline_s: float) -> None:
+        self._writer_thread.join(_left(deadline_s) * (1 - _SWEEPER_SHARE))
+        if self._writer_thread.is_alive():
+            ending.abandoned = self.state.abandon_rest()
+            self._writer_thread.join(_left(deadline_s) * (1 - _SWEEPER_SHARE))
+
+    def _end_sweeper(self, ending: _Shutdown, deadline_s: float) -> None:
+        """The sweeper is the last to leave: it removes the session, once the writer is gone.
 
         With the writer stuck that is after this shutdown has returned, or never.
         """
         gone = not self._writer_thread.is_alive()
-        ending = Ending(remove=cleanup, remove_if_empty=True, give_up_s=deadline_s if gone else math.inf)
-        self._sweeper.ending = ending
+        ending.of_sweeper.give_up_s = deadline_s if gone else math.inf
+        self._sweeper.end_so(ending.of_sweeper)
         self.state.end_sweeper(after_writer=True)
         if gone:
             self._sweeper_thread.join(_left(deadline_s))
-        return ending
 
-    def _errors(self, ending: Ending, abandoned: tuple[SnapshotKey, ...]) -> tuple[str, ...]:
-        errors = list(ending.errors)
-        if self._writer_thread.is_alive():
-            errors.append(
-                "the writer thread is stuck in a disk operation; its memory and the session's lock are kept "
-                f"until the process ends ({len(abandoned)} saves abandoned)"
-            )
-        elif self._sweeper_thread.is_alive():
-            errors.append(
-                "the sweeper thread is stuck in a disk operation; what it removes is left to the next store"
-            )
+    def _reported(self, ending: _Shutdown) -> ShutdownReport:
+        before, after = ending.before, self.state.published
+        errors = (*ending.errors, *self._deaths, *self._stuck(ending), *ending.of_sweeper.errors)
         for error in errors:
             _log.warning("shutdown of %s: %s", self.session.path, error)
-        return tuple(errors)
+        return ShutdownReport(
+            committed=after.committed - before.committed,
+            cancelled=after.cancelled - before.cancelled,
+            failed=after.failed - before.failed,
+            abandoned=ending.abandoned,
+            trash_left=self._sweeper.trash_left,
+            writer_stopped=not self._writer_thread.is_alive(),
+            session_removed=ending.of_sweeper.removed,
+            errors=errors,
+            waited_s=time.monotonic() - ending.started_s,
+        )
 
-    def _run_writer(self) -> None:
-        """The writer thread's top: a bug that ends it is recorded, and the writer is started once more."""
-        for start in range(_WRITER_STARTS):
-            try:
-                self._writer.run()
-            except BaseException as error:
-                last = start + 1 == _WRITER_STARTS
-                self.state.writer_died(error, for_good=last)
-                _log.critical(
-                    "the writer thread died%s", "" if last else "; it is started again", exc_info=error
-                )
-            else:
-                break
-        self.state.writer_ended()
-
-    def _adopt(self) -> None:
-        for found in self.session.adopt():
-            key = SnapshotKey(found.request_id, found.token_count)
-            info = SnapshotInfo(key, found.generation, Path(found.path), found.nbytes)
-            self.state.adopt(info, found.disk_bytes)
+    def _stuck(self, ending: _Shutdown) -> list[str]:
+        if self._writer_thread.is_alive():
+            return [
+                "the writer thread is stuck in a disk operation; its memory and the session's lock are kept "
+                f"until it comes back or the process ends ({len(ending.abandoned)} saves abandoned)"
+            ]
+        if self._sweeper_thread.is_alive():
+            return ["the sweeper thread is stuck in a disk operation; what it removes is left to the next store"]
+        return []
 
 
-def _start(name: str, target: object) -> threading.Thread:
-    thread = threading.Thread(target=target, name=name, daemon=True)  # type: ignore[arg-type]
-    thread.start()
-    return thread
+class _Shutdown:
+    """A shutdown under way: what was before it, and what it has to report."""
+
+    def __init__(self, before: Published, of_sweeper: Ending) -> None:
+        self.started_s = time.monotonic()
+        self.before = before
+        self.of_sweeper = of_sweeper
+        self.abandoned: tuple[SnapshotKey, ...] = ()
+        self.errors: list[str] = []
+
+
+def _guarded(step: Callable[[], object]) -> str | None:
+    """For a thread's top: what a step raised, in words, so that the next step is made all the same."""
+    try:
+        step()
+    except BaseException as error:
+        _log.critical("a step of a store's end failed; the others are made", exc_info=error)
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _thread(name: str, target: Callable[[], None]) -> threading.Thread:
+    return threading.Thread(target=target, name=name, daemon=True)
 
 
 def _left(deadline_s: float) -> float:

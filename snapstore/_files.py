@@ -195,6 +195,15 @@ def opened(files: FileSystem, fd: int) -> Iterator[int]:
         files.close(fd)
 
 
+def exists(files: FileSystem, path: str) -> bool:
+    """True if something is called ``path``, a dangling link too."""
+    try:
+        files.status_at(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def write_all(
     files: FileSystem,
     fd: int,

@@ -60,7 +60,9 @@ class BufferPool:
         if self.idle_bytes + len(buffer) <= self._keep_bytes:
             self._idle.setdefault(len(buffer), deque()).append(buffer)
 
-    def clear(self) -> None:
+    def close(self) -> None:
+        """Free what is idle, and keep nothing that comes back from here on."""
+        self._keep_bytes = 0
         self._idle.clear()
 
     @property

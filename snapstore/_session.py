@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from snapstore import _paths
 from snapstore._errors import RootError
-from snapstore._files import FileSystem, opened, read_exactly, remove_tree
+from snapstore._files import FileSystem, exists, opened, read_exactly, remove_tree, write_all
 from snapstore._owner import OwnerLock, OwnerRecord, read_record
 from snapstore._paths import join
 
@@ -42,9 +42,12 @@ class Budget:
 class Session:
     """One session directory, with its owner lock held."""
 
-    def __init__(self, files: FileSystem, root: str, path: str, lock: OwnerLock) -> None:
+    def __init__(
+        self, files: FileSystem, root: str, path: str, lock: OwnerLock, *, durable: bool = False
+    ) -> None:
         self._files = files
         self._lock = lock
+        self._durable = durable
         self.root = root
         self.path = path
         self.temporary = join(path, _paths.TEMPORARY)
@@ -82,7 +85,7 @@ class Session:
             _unmake(files, path, None)
             _unmake(files, unborn, lock)
             raise
-        return cls(files, root, path, lock)
+        return cls(files, root, path, lock, durable=durable)
 
     def generation_path(self, request_id: str, generation: int) -> str:
         return join(self.path, _paths.generation_name(request_id, generation))
@@ -109,7 +112,7 @@ class Session:
 
     def _make_again(self) -> None:
         check_root(self._files, self.root)
-        built = _build(self._files, self.root, durable=False)
+        built = _build(self._files, self.root, self._durable)
         if built is None:
             return
         unborn, lock, _ = built
@@ -138,7 +141,7 @@ class Session:
         try:
             return set(self._files.names(self.path)) <= housekeeping and not self._files.names(self.trash)
         except FileNotFoundError:
-            return not _exists(self._files, self.path)
+            return not exists(self._files, self.path)
 
     def release(self) -> None:
         """Give the ownership up. Twice is fine."""
@@ -281,7 +284,7 @@ def prepare_root(files: FileSystem, root: str) -> None:
     """Make the root and its marker, or see that it is ours. A root that a store has made is kept private."""
     made = _make_root(files, root)
     check_root(files, root, may_be_empty=True)
-    if made or not _exists(files, join(root, _paths.MARKER)):
+    if made or not exists(files, join(root, _paths.MARKER)):
         _write_marker(files, root, made=made)
     elif _read_marker(files, root).get("made_root") is True:
         with opened(files, files.open_directory(root)) as fd:
@@ -300,7 +303,7 @@ def check_root(files: FileSystem, root: str, *, may_be_empty: bool = False) -> N
         raise root_error(root, "it is not a directory", errno.ENOTDIR)
     foreign = [name for name in files.names(root) if not name.startswith(_paths.MARKER)]
     # The marker is looked for after the listing: who makes a session beside us writes the marker first.
-    if _exists(files, join(root, _paths.MARKER)):
+    if exists(files, join(root, _paths.MARKER)):
         _read_marker(files, root)
     elif foreign or not may_be_empty:
         why = f"it has no {_paths.MARKER} marker, so it is not ours; name an empty directory"
@@ -355,14 +358,6 @@ def _read_marker(files: FileSystem, root: str) -> dict[str, object]:
     return marker
 
 
-def _exists(files: FileSystem, path: str) -> bool:
-    try:
-        files.status_at(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
 def _make_directory_if_missing(files: FileSystem, path: str) -> None:
     try:
         files.make_directory(path)
@@ -372,6 +367,6 @@ def _make_directory_if_missing(files: FileSystem, path: str) -> None:
 
 def _write_file(files: FileSystem, path: str, content: bytes, *, durable: bool) -> None:
     with opened(files, files.create(path)) as fd:
-        files.write(fd, [memoryview(content)])
+        write_all(files, fd, [memoryview(content)], chunk_bytes=len(content), go_on=lambda: True)
         if durable:
             files.sync_data(fd)

@@ -36,10 +36,12 @@ Decide under the lock, act outside: tickets are resolved and memory is given bac
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
+from contextlib import ExitStack
 
 from snapstore._errors import (
     DiskQuotaError,
@@ -88,6 +90,7 @@ class State:
         self._sweeper_waits_for_writer = False
         self._sweep_asked = False
         self._last_error: str | None = None
+        self._removal_error: str | None = None
         self._free_bytes: int | None = None
         self._tally = Tally()
         self.cancelled_in_hand: Counter[int] = Counter()
@@ -127,7 +130,7 @@ class State:
             else:
                 self._cancel_locked(job, settled)
                 self._forget_if_empty_locked(life)
-            self._work.notify()
+            self._note_staged_locked()
             self._publish_locked()
         self._announce(settled)
         return admitted
@@ -143,7 +146,7 @@ class State:
             else:
                 self._cancel_locked(job, settled)
             self._forget_if_empty_locked(job.life)
-            self._work.notify()
+            self._note_staged_locked()
             self._publish_locked()
         self._announce(settled)
 
@@ -237,6 +240,20 @@ class State:
             self._room.notify_all()
             self._publish_locked()
         self._announce(settled)
+
+    def sweeper_died(self, error: BaseException, *, for_good: bool) -> None:
+        """The sweeper thread ended by a bug. What it had in hand is swept again, or ``for_good`` left to the next store."""
+        with self._lock:
+            self._removal_error = f"{type(error).__name__}: {error}"
+            unswept = [life for lives in self._dying.values() for life in lives if not life.busy]
+            self._to_sweep.clear()
+            if for_good:
+                for life in unswept:
+                    life.sweep_error = OSError(errno.EIO, "the sweeper thread is gone")
+            else:
+                self._to_sweep += [life for life in unswept if life.sweep_error is None]
+            self._rest.notify_all()
+            self._publish_locked()
 
     def writer_ended(self) -> None:
         """The writer thread is about to be gone."""
@@ -389,9 +406,24 @@ class State:
         """The directory would not go; the next cleanup of the request, or shutdown, tries again."""
         with self._lock:
             life.sweep_error = error
-            self._last_error = f"{type(error).__name__}: {error}"
+            self._removal_error = f"{type(error).__name__}: {error}"
             self._rest.notify_all()
             self._publish_locked()
+
+    def not_freed(self, error: OSError) -> None:
+        """Something in the trash would not go; it is tried again with the next removals."""
+        with self._lock:
+            self._removal_error = f"{type(error).__name__}: {error}"
+            self._publish_locked()
+
+    def removals_work(self) -> bool:
+        """The sweeper has removed all that it was given. False: some life is still there, and waits to be tried again."""
+        with self._lock:
+            if any(life.sweep_error for lives in self._dying.values() for life in lives):
+                return False
+            self._removal_error = None
+            self._publish_locked()
+            return True
 
     def freed(self, nbytes: int) -> None:
         """Bytes of trash are free again."""
@@ -432,6 +464,11 @@ class State:
             self._room.notify_all()
             self._publish_locked()
 
+    def await_staged(self, timeout_s: float) -> bool:
+        """Wait until nothing is on its way to host memory; False if something still is after ``timeout_s``."""
+        with self._lock:
+            return self._rest.wait_for(lambda: self._staging == 0, timeout_s)
+
     def abandon_rest(self) -> tuple[SnapshotKey, ...]:
         """Shutdown's deadline: what is queued is cancelled, what is staged will be; the keys of all that is in flight."""
         settled: _Settled = []
@@ -463,6 +500,12 @@ class State:
             life = self._lives[request_id] = Life(request_id, self._next_generation)
             self._next_generation += 1
         return life
+
+    def _note_staged_locked(self) -> None:
+        """A job has left STAGING: there may be one to claim, and somebody may wait for the last of them."""
+        self._work.notify()
+        if not self._staging:
+            self._rest.notify_all()
 
     def _forget_if_empty_locked(self, life: Life) -> None:
         """A life with nothing in it ends: its first save was rejected or abandoned, its last snapshot detached."""
@@ -686,14 +729,19 @@ class State:
             int(self._writing is not None), len(self._lives), tally.live_snapshots,
             tally.session_bytes, tally.trash_bytes, tally.cleanup_timeouts, tally.writer_restarts,
             oldest.since_s if oldest else None, self._writing[1] if self._writing else None,
-            self._last_error, self._free_bytes, self._closing,
+            self._last_error or self._removal_error, self._free_bytes, self._closing,
         )  # fmt: skip
 
     def _announce(self, settled: _Settled) -> None:
-        """After the lock: give memory back and resolve tickets, in that order, so that a result finds it released."""
-        for job, outcome in settled:
-            self.let_go_memory(job)
-            job.ticket._settle(outcome)
+        """After the lock: give memory back and resolve tickets, in that order, so that a result finds it released.
+
+        All of them, whatever a callback of one ticket raises.
+        """
+        with ExitStack() as outcomes:
+            for job, outcome in reversed(settled):
+                outcomes.callback(job.ticket._settle, outcome)
+            for job, _ in settled:
+                self.let_go_memory(job)
 
 
 def _give_memory_back(job: Job) -> None:

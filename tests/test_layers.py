@@ -30,10 +30,10 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         "_checksum": set(),
         "_memory": {"_format"},
         "_owner": {"_files", "_paths"},
-        "_reader": {"_files", "_format", "_memory"},
+        "_reader": {"_checksum", "_files", "_format", "_memory"},
         "adapters": {"_format", "_memory"},
     },
-    {"_records": set(), "_state": {"_records"}, "_session": set()},
+    {"_records": set(), "_state": {"_records"}, "_session": set(), "_adopt": {"_session"}},
     {
         "_writer": set(),
         "_cleanup": set(),

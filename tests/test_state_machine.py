@@ -148,8 +148,15 @@ class StateMachine(RuleBasedStateMachine):
         session_limit=st.sampled_from((None, None, None, 300)),
         free_limit=st.sampled_from((None, None, None, 50)),
         adopted=st.sets(st.tuples(st.sampled_from(("a", "b")), token_counts), max_size=2),
+        saved=st.lists(st.tuples(request_ids, token_counts, st.integers(0, 4)), max_size=6),
     )
-    def open(self, session_limit: int | None, free_limit: int | None, adopted: set[tuple[str, int]]) -> None:
+    def open(
+        self,
+        session_limit: int | None,
+        free_limit: int | None,
+        adopted: set[tuple[str, int]],
+        saved: list[tuple[str, int, int]],
+    ) -> None:
         self.options = StoreOptions(
             on_full="reject",
             max_pending_jobs=MAX_JOBS,
@@ -162,6 +169,8 @@ class StateMachine(RuleBasedStateMachine):
             self.state = State(self.options)
         for request_id, token_count in sorted(adopted):
             self.adopt(request_id, token_count, {"a": 7, "b": 4}[request_id])
+        for request_id, token_count, then in saved:
+            self.save(request_id, token_count, 10, then)
 
     def adopt(self, request_id: str, token_count: int, generation: int) -> None:
         era = self.living(request_id)
@@ -251,13 +260,29 @@ class StateMachine(RuleBasedStateMachine):
 
     # -- callers ----------------------------------------------------------------------------------------------------
 
-    @rule(request_id=request_ids, token_count=token_counts, nbytes=sizes, at_once=mostly)
-    def save(self, request_id: str, token_count: int, nbytes: int, at_once: bool) -> None:
-        """Admitted at once, or left to be admitted later, in any order."""
-        save = self.reserve(SnapshotKey(request_id, token_count), nbytes)
-        if save is not None and at_once:
+    @rule(request_id=request_ids, token_count=token_counts, nbytes=sizes, then=st.integers(0, 4))
+    def save(self, request_id: str, token_count: int, nbytes: int, then: int) -> None:
+        """And the writer takes a few steps."""
+        self.save_at_once(SnapshotKey(request_id, token_count), nbytes)
+        self.work(then)
+
+    @rule(request_id=request_ids, token_count=token_counts, nbytes=sizes)
+    def stage(self, request_id: str, token_count: int, nbytes: int) -> None:
+        """To be admitted later, in any order."""
+        self.reserve(SnapshotKey(request_id, token_count), nbytes)
+
+    @precondition(lambda self: any(save.era.alive for save in self.saves))
+    @rule(pick=picks, nbytes=sizes)
+    def save_again(self, pick: int, nbytes: int) -> None:
+        known = [save.key for save in self.saves if save.era.alive]
+        self.save_at_once(known[pick % len(known)], nbytes)
+
+    def save_at_once(self, key: SnapshotKey, nbytes: int) -> None:
+        save = self.reserve(key, nbytes)
+        if save is not None:
             self.everything_agrees()
             self.admit_one(save)
+            self.everything_agrees()
 
     def reserve(self, key: SnapshotKey, nbytes: int) -> Save | None:
         refusal = self.refusal(nbytes)
@@ -340,6 +365,9 @@ class StateMachine(RuleBasedStateMachine):
     @rule(steps=st.integers(1, 4))
     def write(self, steps: int) -> None:
         """So many steps of its way: claim, rename, commit, and undo what was refused."""
+        self.work(steps)
+
+    def work(self, steps: int) -> None:
         for _ in range(steps):
             self.work_once()
             self.everything_agrees()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,17 @@ from transformers.models.minimax.modeling_minimax import MiniMaxCache  # noqa: E
 
 from snapstore import SnapshotStore  # noqa: E402
 from snapstore.testing import FaultyFileSystem  # noqa: E402
+
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are so small that a second thread only waits for its turn."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 PROMPT = torch.randint(3, 64, (1, continuing.TOKENS), generator=torch.Generator().manual_seed(3))
 
