@@ -1,8 +1,8 @@
 """Adopting: the committed snapshots of dead sessions become this session's own.
 
 Files are checked by header, size and identity. What is torn or foreign, and all but the newest life of a request, goes
-into the dead session's own trash, so whoever comes to that session next finds nothing to adopt in it. A generation moves
-with one rename: wherever a crash strikes, each of its snapshots is in exactly one session, and can be adopted again.
+into the dead session's own trash, so whoever comes to that session next finds nothing to adopt in it. A generation
+moves with one rename: wherever a crash strikes, each snapshot is in exactly one session, and can be adopted again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Forgetting: the cleaner marks and waits; the sweeper thread removes.
 
-A cleaner's own call touches no disk, so its time-out holds also when the disk hangs in a rename. The sweeper renames the
-directory of a dead generation into ``.trash``, which is when the cleaner may return, and frees the bytes when nobody
-waits; between two removals it looks for new dead generations, so that no cleaner waits for an ``unlink``.
+A cleaner's own call touches no disk, so its time-out holds also when the disk hangs in a rename. The sweeper renames
+the directory of a dead generation into ``.trash``, which is when the cleaner may return, and frees the bytes when
+nobody waits; between two removals it looks for new dead generations, so that no cleaner waits for an ``unlink``.
 """
 
 from __future__ import annotations

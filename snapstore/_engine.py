@@ -79,10 +79,6 @@ class Engine:
         return self._writer_thread.is_alive()
 
     @property
-    def sweeper_alive(self) -> bool:
-        return self._sweeper_thread.is_alive()
-
-    @property
     def removing_since_s(self) -> float | None:
         """When the removal of files that is under way began, on the monotonic clock."""
         return self._sweeper.busy_since_s
@@ -96,9 +92,9 @@ class Engine:
         self.state.close(why)
 
     def shutdown(self, *, cleanup: bool, timeout_s: float) -> ShutdownReport:
-        """End everything within ``timeout_s``. On a thread of its own, so that no caller's interruption stops it half-way.
+        """End everything within ``timeout_s``; only the first call counts, the others wait for its report.
 
-        Only the first call counts; the others wait for its report.
+        It happens on a thread of its own, so that no caller's interruption stops it half-way.
         """
         deadline_s = time.monotonic() + timeout_s
         if not self._ending.locked():
@@ -110,7 +106,7 @@ class Engine:
         return self._report.result()
 
     def let_go(self) -> None:
-        """The store was dropped, or the interpreter ends: let the threads write what is accepted and leave. Never blocks."""
+        """The store was dropped, or the interpreter ends: the threads write what is accepted, and leave. Never blocks."""
         if self._ending.locked():
             return
         self.state.close("the store was dropped without shutdown")
@@ -190,7 +186,7 @@ class Engine:
         for start in range(_STARTS):
             try:
                 run()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - a thread's top
                 last = start + 1 == _STARTS
                 what = f"the {name} thread died of {type(error).__name__}: {error}"
                 _log.critical("%s%s", what, "" if last else "; it is started again", exc_info=error)
@@ -201,7 +197,7 @@ class Engine:
                 return
 
     def _leave(self) -> None:
-        """The last of the two threads gives up the session's lock: as long as one may touch its files, it has an owner."""
+        """The last of the two threads gives up the session's lock: while one may touch its files, it has an owner."""
         with self._leaving:
             self._inside -= 1
             last = self._inside == 0
@@ -262,12 +258,13 @@ class Engine:
 
     def _stuck(self, ending: _Shutdown) -> list[str]:
         if self._writer_thread.is_alive():
-            return [
-                "the writer thread is stuck in a disk operation; its memory and the session's lock are kept "
-                f"until it comes back or the process ends ({len(ending.abandoned)} saves abandoned)"
-            ]
+            kept = "its memory and the session's lock are kept until it comes back or the process ends"
+            left = len(ending.abandoned)
+            return [f"the writer thread is stuck in a disk operation; {kept} ({left} saves abandoned)"]
         if self._sweeper_thread.is_alive():
-            return ["the sweeper thread is stuck in a disk operation; what it removes is left to the next store"]
+            return [
+                "the sweeper thread is stuck in a disk operation; what it removes is left to the next store"
+            ]
         return []
 
 
@@ -286,7 +283,7 @@ def _guarded(step: Callable[[], object]) -> str | None:
     """For a thread's top: what a step raised, in words, so that the next step is made all the same."""
     try:
         step()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - a thread's top
         _log.critical("a step of a store's end failed; the others are made", exc_info=error)
         return f"{type(error).__name__}: {error}"
     return None

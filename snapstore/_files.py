@@ -164,7 +164,7 @@ class FileSystem:
 
 
 def _private(fd: int) -> int:
-    """A file that was just made, of mode 0600 also where the umask took more away. The check costs no trip to the disk."""
+    """A file that was just made, of mode 0600 also where the umask took more away. The look costs no trip to the disk."""
     try:
         if stat.S_IMODE(os.fstat(fd).st_mode) != 0o600:
             os.fchmod(fd, 0o600)
@@ -258,7 +258,7 @@ def close_if_it_is(fd: int, identity: FileIdentity) -> None:
 
 
 def close_copies(path: str, dir_fd: int | None) -> None:
-    """Close whatever descriptor is open on the file at ``path``. For a child that was just forked, which has one thread."""
+    """Close what is open on the file at ``path``. For a child that was just forked, which has one thread."""
     try:
         identity = identity_of(os.stat(path, dir_fd=dir_fd, follow_symlinks=False))
         numbers = [int(name) for name in os.listdir("/dev/fd")]
@@ -288,7 +288,8 @@ def remove_tree(
     fine; what will not go is reported and passed over: so are other file systems mounted below, and what is nested
     too deep. ``keep_last`` names a file of the top directory that goes last, and stays as long as anything else does.
     """
-    freed, errors = 0, []
+    freed = 0
+    errors: list[OSError] = []
     try:
         with opened(files, open_within(files, path, dir_fd, depth)) as fd:
             for name in sorted(files.names(fd), key=lambda name: name == keep_last):

@@ -46,7 +46,7 @@ class BufferPool:
 
     def take(self, nbytes: int) -> memoryview:
         """A buffer of at least ``nbytes``; its old content is whatever it was."""
-        size = _size_class(nbytes)
+        size = size_class(nbytes)
         idle = self._idle.get(size)
         if idle:
             try:
@@ -70,7 +70,7 @@ class BufferPool:
         return sum(size * len(buffers) for size, buffers in tuple(self._idle.items()))
 
 
-def _size_class(nbytes: int) -> int:
+def size_class(nbytes: int) -> int:
     """Round up to one of four sizes an octave, in pages: at most a quarter more than asked for, untouched."""
     step = max(_PAGE_BYTES, (1 << max(nbytes - 1, 0).bit_length()) // 8)
     return -(-max(nbytes, 1) // step) * step

@@ -1,8 +1,9 @@
 """Who owns a session, and whether that owner is provably dead.
 
-Ownership is a ``flock`` on ``owner.lock``, held for the session's life; the kernel drops it at any death of the process.
-The record beside it only informs: a pid proves nothing, it may be another process's by now. Dead is an owner whose lock
-can be taken on the machine that it ran on. Alive, or not to be known (another machine, no lock support): left alone.
+Ownership is a ``flock`` on ``owner.lock``, held for the session's life; the kernel drops it at any death of the
+process. The record beside it only informs: a pid proves nothing, it may be another process's by now. Dead is an owner
+whose lock can be taken on the machine that it ran on. Alive, or not to be known (another machine, no lock support):
+left alone.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class OwnerLock:
     def take(
         cls, files: FileSystem, directory: str, *, create: bool, dir_fd: int | None = None
     ) -> OwnerLock | None:
-        """Take the lock in ``directory`` without waiting; ``None`` if somebody holds it, or holds what stood there before.
+        """Take the lock in ``directory`` without waiting; ``None`` if somebody holds it, or held what stood there.
 
         With ``dir_fd`` the directory is named below that open one: ``"."`` for that one itself.
         """
@@ -126,7 +127,7 @@ class OwnerLock:
 
 _held: set[OwnerLock] = set()
 _opening: dict[object, tuple[str, int | None]] = {}
-"""Lock files that some thread is opening just now: a fork in that moment may inherit a descriptor that nobody knows yet."""
+"""Lock files that a thread is opening just now: a fork in that moment may inherit a descriptor that nobody knows yet."""
 
 
 @contextmanager

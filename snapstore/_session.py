@@ -1,8 +1,8 @@
 """Session directories: make, hold, reclaim, leave.
 
-A session becomes visible under its name only with its lock held. A reclaimer takes the lock without waiting, checks that
-the path still names the file that it locked, renames the directory aside, deletes, the lock file last; so each leftover
-is reclaimed exactly once, a half-deleted one is found again, and no live one is ever touched.
+A session becomes visible under its name only with its lock held. A reclaimer takes the lock without waiting, checks
+that the path still names the file that it locked, renames the directory aside, deletes, the lock file last; so each
+leftover is reclaimed exactly once, a half-deleted one is found again, and no live one is ever touched.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from snapstore import _paths
@@ -21,6 +22,8 @@ from snapstore._owner import OwnerLock, OwnerRecord, read_record
 from snapstore._paths import join
 
 MARKER_FORMAT = 1
+_GIVEN = "given"
+"""In the marker of a root that was there before the first store: its mode is its maker's affair."""
 _ATTEMPTS = 16
 
 
@@ -149,7 +152,7 @@ class Session:
 
 
 def _build(files: FileSystem, root: str, durable: bool) -> tuple[str, OwnerLock, OwnerRecord] | None:
-    """A session that nobody can see yet, its lock held. ``None``: a reclaimer took it for an abandoned one before that."""
+    """A session that nobody can see yet, its lock held. ``None``: a reclaimer took it before that."""
     unborn = join(root, _paths.unborn_session_name())
     lock: OwnerLock | None = None
     try:
@@ -187,7 +190,7 @@ class DeadSession:
 
 
 def dead_sessions(files: FileSystem, root: str, *, newest_first: bool = False) -> Iterator[DeadSession]:
-    """Each session of a dead owner, with its lock taken: whoever gets one from here is alone with it, and releases it."""
+    """Each session of a dead owner, its lock taken: whoever gets one from here is alone with it, and releases it."""
     dated = []
     for name in filter(_paths.is_session_name, files.names(root)):
         record = read_record(files, join(root, name))
@@ -241,9 +244,7 @@ def _empty(files: FileSystem, path: str, budget: Budget, between: Callable[[], N
     budget.gone += not errors
 
 
-def _reclaim_unfinished(
-    files: FileSystem, path: str, budget: Budget, between: Callable[[], None]
-) -> None:
+def _reclaim_unfinished(files: FileSystem, path: str, budget: Budget, between: Callable[[], None]) -> None:
     """A ``.new-`` or ``.dead-`` directory: empty ones go at once (a maker tries again), others under their lock."""
     try:
         files.remove_directory(path)
@@ -286,7 +287,7 @@ def prepare_root(files: FileSystem, root: str) -> None:
     check_root(files, root, may_be_empty=True)
     if made or not exists(files, join(root, _paths.MARKER)):
         _write_marker(files, root, made=made)
-    elif _read_marker(files, root).get("made_root") is True:
+    elif not _read_marker(files, root).get(_GIVEN):
         with opened(files, files.open_directory(root)) as fd:
             files.tighten(fd)
 
@@ -331,7 +332,7 @@ def _make_root(files: FileSystem, root: str) -> bool:
 
 def _write_marker(files: FileSystem, root: str, *, made: bool) -> None:
     """Once in the life of a root, so it is made to outlive a power cut: without it nothing here is ours any more."""
-    content = {"format": MARKER_FORMAT, "made_root": True} if made else {"format": MARKER_FORMAT}
+    content = {"format": MARKER_FORMAT} if made else {"format": MARKER_FORMAT, _GIVEN: True}
     for _ in range(_ATTEMPTS):
         staged = join(root, _paths.staged_marker_name())
         try:
@@ -359,10 +360,8 @@ def _read_marker(files: FileSystem, root: str) -> dict[str, object]:
 
 
 def _make_directory_if_missing(files: FileSystem, path: str) -> None:
-    try:
+    with suppress(FileExistsError):
         files.make_directory(path)
-    except FileExistsError:
-        pass
 
 
 def _write_file(files: FileSystem, path: str, content: bytes, *, durable: bool) -> None:

@@ -1,17 +1,40 @@
 """Tensors -> host memory that the store owns.
 
 Host tensors are copied on the calling thread, into a reused buffer; what can not change any more (evaluated MLX arrays)
-and what the caller lends (``borrow``) is only looked at.
+and what the caller lends (``borrow``) is only looked at. Device tensors are packed by the caller's own stream and
+brought to the host by a thread of their device (``Staging``); nothing on the calling thread waits for a device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+from snapstore._device import Block, Channel, Device, DeviceLostError, Move
+from snapstore._errors import SaveFailedError, SnapstoreError, StoreClosedError
+from snapstore._flights import DeviceFacts, Flights, Landing, Lane, Part, Submission, Verdict
 from snapstore._format import Layout
-from snapstore._memory import BufferPool, HostImage, segments_of
+from snapstore._memory import BufferPool, HostImage, copy_bytes, segments_of
+from snapstore._options import StoreOptions
+from snapstore._pinned import HostBuffer, PinnedPool, pageable
+from snapstore._records import Job
+from snapstore._state import State
+from snapstore._types import SnapshotKey
 from snapstore.adapters import Adapter
+
+_SHORT_PAUSE_S = 0.0001
+_LONG_PAUSE_S = 0.002
+_STUCK_PAUSE_S = 0.05
+"""Between two looks at the oldest copy: short after something happened, then longer and longer."""
+
+_log = logging.getLogger("snapstore.device")
+
+_lost: list[Lane] = []
+"""Devices that were lost with copies under way: nobody knows who still reads that memory, so it stays."""
 
 
 def stage(
@@ -32,3 +55,325 @@ def stage(
 
 def _giver(pool: BufferPool, buffer: memoryview) -> Callable[[], None]:
     return lambda: pool.give_back(buffer)
+
+
+class Staging:
+    """The device copies of one store, and the threads that make them: none before the first device tensor.
+
+    One thread a device (``snapstore-device-...``) asks for copies and polls the oldest; the watch sees what these
+    threads can not see of themselves: a call of the driver that does not come back.
+    """
+
+    def __init__(self, state: State, pool: BufferPool, options: StoreOptions) -> None:
+        self._state = state
+        self._pool = pool
+        self._flights = Flights(options.device_timeout_s)
+        self.pinned = PinnedPool(options.max_pinned_bytes)
+        self._starting = threading.Lock()
+        self._watch_thread: threading.Thread | None = None
+
+    @property
+    def facts(self) -> DeviceFacts:
+        """How the devices are, without asking them. Takes no lock."""
+        return self._flights.published
+
+    # -- the thread that saves or loads -------------------------------------------------------------------------
+
+    def check(self, key: SnapshotKey, devices: Iterable[Device | None]) -> None:
+        """Before anything is reserved: ``StreamCaptureError``, or ``SaveFailedError`` for a device that is stuck or lost."""
+        used = _distinct(devices)
+        for device in used:
+            device.check_stream()
+        unfit = self._flights.unfit(used)
+        if unfit is not None:
+            raise _refusal(key, unfit)
+
+    def submit(
+        self,
+        job: Job,
+        adapter: Adapter,
+        tensors: Sequence[Any],
+        sources: Sequence[Any],
+        layout: Layout,
+        devices: Sequence[Device | None],
+        *,
+        borrow: bool,
+    ) -> None:
+        """Hand the copy over to the devices' threads, who settle the job; or abandon it, and raise.
+
+        Blocks for the copy of what is in host memory, for nothing else.
+        """
+        buffer = self._take_buffer(layout.nbytes)
+        submission = Submission(job, layout, buffer, borrow)
+        try:
+            _copy_host_tensors(adapter, sources, layout, devices, buffer.view)
+            for device in _distinct(devices):
+                self._open_lane(device)
+                indices = [index for index in layout.file_order if devices[index] is device]
+                submission.parts.append(_part(submission, device, indices, tensors))
+            self._state.on_its_way(job)
+            unfit = self._flights.submit(submission)
+            if unfit is not None:
+                raise _refusal(job.key, unfit)
+        except BaseException as error:
+            if not submission.handed_over:
+                buffer.give_back()
+                self._state.abandon(job, error)
+            raise
+
+    def host_buffer(self, device: Device, nbytes: int) -> HostBuffer:
+        """Host memory for a load to this device, pinned if there is some."""
+        self._open_lane(device)
+        return self._take_buffer(nbytes)
+
+    def upload(
+        self, device: Device, layout: Layout, buffer: HostBuffer, landed: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Tensors on the device, for which the caller's current stream waits. Later, ``landed`` is called, once."""
+        try:
+            device.check_stream()
+            self._open_lane(device)
+            unfit = self._flights.unfit([device])
+            if unfit is not None:
+                raise SnapstoreError(f"{_how(unfit)}; load to the host instead") from unfit.error
+            tensors, mark = device.upload(layout, list(buffer.pieces(0, layout.nbytes)))
+        except DeviceLostError:
+            raise  # it may have begun to read the buffer
+        except BaseException:
+            landed()
+            raise
+        self._flights.expect(device, Landing(mark, landed))
+        return tensors
+
+    def _take_buffer(self, nbytes: int) -> HostBuffer:
+        return self.pinned.take(nbytes) or pageable(self._pool, nbytes)
+
+    def _open_lane(self, device: Device) -> None:
+        lane = self._flights.lane(device)
+        if lane.thread is None:
+            with self._starting:
+                if self._watch_thread is None:
+                    self._watch_thread = _start("snapstore-device-watch", self._watch)
+                if lane.thread is None:
+                    lane.thread = _start(f"snapstore-device-{device.name}", partial(self._serve, lane))
+        self.pinned.start(device)
+
+    # -- the device's thread ------------------------------------------------------------------------------------
+
+    def _serve(self, lane: Lane) -> None:
+        """The thread's top: whatever ends it but the store's end, the device is lost."""
+        try:
+            channel = lane.device.open()
+            pause_s = _SHORT_PAUSE_S
+            while self._flights.await_work(lane, pause_s):
+                moved = self._start_waiting(lane, channel) + self._land_what_arrived(lane, channel)
+                longest_s = _STUCK_PAUSE_S if lane.status == "stuck" else _LONG_PAUSE_S
+                pause_s = _SHORT_PAUSE_S if moved else min(1.5 * pause_s, longest_s)
+        except BaseException as error:
+            _log.critical("%s is lost, and with it what it had to copy", lane.device.name, exc_info=error)
+            self._act(self._flights.lose(lane, error.with_traceback(None)))
+            if lane.flying or lane.landings:
+                _lost.append(lane)
+
+    def _start_waiting(self, lane: Lane, channel: Channel) -> int:
+        count = 0
+        while self._start_one(lane, channel):
+            count += 1
+        return count
+
+    def _land_what_arrived(self, lane: Lane, channel: Channel) -> int:
+        count = 0
+        while self._land_one(lane, channel):
+            count += 1
+        return count
+
+    def _start_one(self, lane: Lane, channel: Channel) -> bool:
+        """A function of its own, so that the thread keeps nothing of the last copy alive while it waits."""
+        part, verdict = self._flights.take(lane)
+        self._act(verdict)
+        if part is None:
+            return False
+        try:
+            part.mark = channel.start(part.after, _moves(part))
+        except DeviceLostError:
+            raise
+        except RuntimeError as error:
+            _log.warning("%s refused the copy of %s", lane.device.name, part.submission.job.key, exc_info=error)
+            self._act(self._flights.failed(part, error.with_traceback(None)))
+            part.mark = channel.mark()
+        return True
+
+    def _land_one(self, lane: Lane, channel: Channel) -> bool:
+        """Only the oldest is looked at: what was started after it has not arrived before it."""
+        part, landing = self._flights.oldest(lane)
+        if part is not None and channel.done(part.mark):
+            self._act(self._flights.landed(lane))
+            return True
+        if landing is not None and channel.done(landing.mark):
+            self._flights.upload_landed(lane)
+            landing.landed()
+            return True
+        return False
+
+    # -- the watch ----------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while (verdict := self._flights.await_overdue()) is not None:
+            for device in self.facts.devices:
+                if device.status == "stuck":
+                    _log.error("%s is stuck: %s", device.name, device.error)
+            self._act(verdict)
+            del verdict
+
+    # -- whoever has a verdict ----------------------------------------------------------------------------------
+
+    def _act(self, verdict: Verdict) -> None:
+        for part in verdict.over:
+            part.let_go()
+        for submission in verdict.at_rest:
+            submission.job.ticket._release()
+        for submission in verdict.admit:
+            self._state.admit(submission.job, _image(submission))
+        for submission, error in verdict.abandon:
+            self._state.abandon(submission.job, error)
+        for submission in verdict.at_rest:
+            if submission not in verdict.admit:
+                submission.buffer.give_back()
+
+    # -- whoever waits ------------------------------------------------------------------------------------------
+
+    def drain(self, request_id: str | None, timeout_s: float | None) -> bool:
+        """Wait until no device reads or writes for what was saved before; of one request id, or of all.
+
+        At the deadline, what was lent and has not been asked for yet is taken back: its save fails.
+        """
+        fenced = self._flights.fence(request_id)
+        if self._flights.await_rest(fenced, timeout_s):
+            return True
+        self._act(
+            self._flights.drop_waiting(
+                fenced, TimeoutError("its tensors were asked back before their copy began")
+            )
+        )
+        return self._flights.await_rest(fenced, 0.0)
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def finish(self, timeout_s: float) -> tuple[SnapshotKey, ...]:
+        """Shutdown: give the copies this time, then give up what has not arrived. The keys of that."""
+        deadline_s = time.monotonic() + timeout_s
+        self._state.await_staged(timeout_s)
+        self._flights.await_ended(max(0.0, deadline_s - time.monotonic()))
+        verdict = self._flights.give_up(TimeoutError("the store was shut down before the device had copied it"))
+        self._act(verdict)
+        return tuple(submission.job.key for submission, _ in verdict.abandon)
+
+    def let_go(self) -> None:
+        """The store was dropped, or the interpreter ends: let the threads end when they are done. Never blocks."""
+        self._flights.close()
+        self.pinned.close()
+
+    def close(self, timeout_s: float) -> list[str]:
+        """Join the threads and unlock memory within this time; what could not be, in words."""
+        deadline_s = time.monotonic() + timeout_s
+        threads = [*self._flights.threads(), *filter(None, [self._watch_thread])]
+        leaking = self.facts.leaked_bytes
+        for thread in threads:
+            thread.join(0.0 if leaking else max(0.0, deadline_s - time.monotonic()))
+        unlocked = self.pinned.close(max(0.0, deadline_s - time.monotonic()))
+        errors = [
+            f"{device.name} is {device.status} ({device.error})"
+            for device in self.facts.devices
+            if device.status != "ok"
+        ]
+        if self.facts.leaked_bytes:
+            errors.append(f"{self.facts.leaked_bytes} bytes that a device may still touch are kept")
+        elif any(thread.is_alive() for thread in threads):
+            errors.append("a device's thread is stuck in its driver")
+        if not unlocked:
+            errors.append(f"{self.pinned.pinned_bytes} bytes of host memory stay locked")
+        return errors
+
+
+def _distinct(devices: Iterable[Device | None]) -> list[Device]:
+    return [device for device in dict.fromkeys(devices) if device is not None]
+
+
+def _part(submission: Submission, device: Device, indices: Sequence[int], tensors: Sequence[Any]) -> Part:
+    chosen = [tensors[index] for index in indices]
+    blocks = device.lend(chosen) if submission.borrowed else device.pack(chosen)
+    part = Part(submission, device, indices, blocks, device.mark())
+    assert part.nbytes == sum(submission.layout.sizes[index] for index in indices)
+    return part
+
+
+def _copy_host_tensors(
+    adapter: Adapter,
+    sources: Sequence[Any],
+    layout: Layout,
+    devices: Sequence[Device | None],
+    target: memoryview,
+) -> None:
+    near = [index for index, device in enumerate(devices) if device is None]
+    if near:
+        views, _keeps = adapter.view([sources[index] for index in near])
+        for index, view in zip(near, views, strict=True):
+            offset = layout.offsets[index]
+            copy_bytes(view, target[offset : offset + len(view)])
+
+
+def _moves(part: Part) -> list[Move]:
+    """What to copy where: blocks and places in the file side by side, cut wherever either of them ends."""
+    buffer = part.submission.buffer
+    pieces = (
+        piece
+        for begin, end in _spans(part.submission.layout, part.indices)
+        for piece in buffer.pieces(begin, end)
+    )
+    return list(_matched(iter(part.blocks), pieces))
+
+
+def _matched(blocks: Iterator[Block], pieces: Iterable[memoryview]) -> Iterator[Move]:
+    block, used = Block(None, 0), 0
+    for piece in pieces:
+        while len(piece):
+            if used == block.nbytes:
+                block, used = next(blocks), 0
+                continue
+            count = min(len(piece), block.nbytes - used)
+            yield Move(block.data, used, piece[:count])
+            piece, used = piece[count:], used + count
+
+
+def _spans(layout: Layout, indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The places of these tensors in the file, in its order, joined where they touch."""
+    begin = end = 0
+    for index in indices:
+        if layout.offsets[index] != end:
+            yield begin, end
+            begin = layout.offsets[index]
+        end = layout.offsets[index] + layout.sizes[index]
+    yield begin, end
+
+
+def _image(submission: Submission) -> HostImage:
+    buffer, layout = submission.buffer, submission.layout
+    return HostImage(layout, segments_of(layout, buffer.view), on_release=buffer.give_back, keeps=buffer)
+
+
+def _how(lane: Lane) -> str:
+    return f"{lane.device.name} is {lane.status}: {lane.error}"
+
+
+def _refusal(key: SnapshotKey, lane: Lane) -> SnapstoreError:
+    if lane.status == "ok":
+        return StoreClosedError(f"{key} was not saved: the store is shut down; open a new store", key=key)
+    refusal = SaveFailedError(f"{key} was not saved: {_how(lane)}; save it from the host", key=key)
+    refusal.__cause__ = lane.error
+    return refusal
+
+
+def _start(name: str, target: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread

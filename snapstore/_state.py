@@ -242,7 +242,7 @@ class State:
         self._announce(settled)
 
     def sweeper_died(self, error: BaseException, *, for_good: bool) -> None:
-        """The sweeper thread ended by a bug. What it had in hand is swept again, or ``for_good`` left to the next store."""
+        """The sweeper thread ended by a bug. What it had in hand is tried again, or ``for_good`` left as it is."""
         with self._lock:
             self._removal_error = f"{type(error).__name__}: {error}"
             unswept = [life for lives in self._dying.values() for life in lives if not life.busy]
@@ -398,7 +398,7 @@ class State:
         """The directory of a dead life is out of the way (invariant 9); so many bytes of it wait in the trash."""
         with self._lock:
             self._bury_locked(life)
-            self._tally.trash_bytes += trashed_bytes
+            self._tally.trash_bytes += trashed_bytes - life.doomed_bytes
             self._rest.notify_all()
             self._publish_locked()
 
@@ -417,7 +417,7 @@ class State:
             self._publish_locked()
 
     def removals_work(self) -> bool:
-        """The sweeper has removed all that it was given. False: some life is still there, and waits to be tried again."""
+        """The sweeper has removed all that it was given. False: some life is still there, to be tried again."""
         with self._lock:
             if any(life.sweep_error for lives in self._dying.values() for life in lives):
                 return False
@@ -526,6 +526,7 @@ class State:
         cleanup.removed += len(life.committed)
         cleanup.removed_bytes += sum(commit.info.nbytes for commit in life.committed.values())
         life.doomed_bytes = sum(commit.disk_bytes for commit in life.committed.values())
+        self._tally.trash_bytes += life.doomed_bytes
         for token_count in list(life.committed):
             self._unlist_locked(life, token_count)
         if life.on_disk:

@@ -235,18 +235,20 @@ class SnapshotStore:
 
     def health(self) -> StoreHealth:
         """How the store is. Asks neither disk nor device, takes no lock, never blocks."""
-        now, now_s = self._state.published, time.monotonic()
-        writing_s = 0.0 if now.writing_since_s is None else now_s - now.writing_since_s
-        oldest_s = 0.0 if now.oldest_since_s is None else now_s - now.oldest_since_s
+        engine, now, now_s = self._engine, self._state.published, time.monotonic()
+        writing_s = _age_s(now.writing_since_s, now_s)
+        removing_s = _age_s(engine.removing_since_s, now_s)
+        oldest_s = _age_s(now.oldest_since_s, now_s)
         reasons: list[str] = []
         status: Any = "ok"
         if now.last_error is not None:
             status = "degraded"
             reasons.append(f"the last write or removal failed: {now.last_error}")
-        if writing_s > self._options.stuck_after_s:
-            status = "stuck"
-            reasons.append(f"one write has taken {writing_s:.1f} s so far")
-        if now.closing or not self._engine.writer_alive or not self._engine.belongs_here:
+        for name, taken_s in (("write", writing_s), ("removal", removing_s)):
+            if taken_s > self._options.stuck_after_s:
+                status = "stuck"
+                reasons.append(f"one {name} has taken {taken_s:.1f} s so far")
+        if now.closing or not engine.writer_alive or not engine.belongs_here:
             status = "dead"
             reasons.append(now.closing or "the writer thread is gone")
         return StoreHealth(
@@ -328,10 +330,8 @@ class SnapshotStore:
         """
         self._engine.check_process()
         timeout_s = _timeout(timeout_s, self._options.shutdown_timeout_s)
-        report = self._engine.shutdown(cleanup=cleanup, timeout_s=timeout_s)
         self._finalizer.detach()
-        _open_engines.discard(self._engine)
-        return report
+        return self._engine.shutdown(cleanup=cleanup, timeout_s=timeout_s)
 
     def __enter__(self) -> SnapshotStore:
         return self
@@ -339,6 +339,8 @@ class SnapshotStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._engine.belongs_here:
+            return  # a forked child leaves the block too; the store is its parent's
         report = self.shutdown(cleanup=False)
         if report.abandoned and error is None:
             raise ShutdownTimeoutError(
@@ -372,10 +374,16 @@ def shutdown_all(
         threading.Thread(target=end, args=(index, store), name="snapstore-shutdown-all", daemon=True)
         for index, store in enumerate(stores)
     ]
+    for index, thread in enumerate(threads):
+        try:
+            thread.start()
+        except (
+            RuntimeError
+        ):  # the interpreter ends, or the process has as many threads as it may: one by one, then
+            end(index, stores[index])
     for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
     return [report for report in reports if report is not None]
 
 
@@ -391,7 +399,10 @@ def _dropped(engine: Engine) -> None:
     """The store was collected. On a thread of its own: collection may strike while this very thread holds the lock."""
     if not engine.belongs_here:
         return
-    threading.Thread(target=engine.let_go, name="snapstore-dropped", daemon=True).start()
+    try:
+        threading.Thread(target=engine.let_go, name="snapstore-dropped", daemon=True).start()
+    except RuntimeError:
+        return  # the interpreter ends: `_at_exit` has let it go, or it is too late
     warnings.warn(
         f"a SnapshotStore on {engine.session.root} was dropped without shutdown()",
         ResourceWarning,
@@ -407,7 +418,13 @@ def _at_exit() -> None:
     for engine in engines:
         engine.let_go()
     for engine in engines:
-        engine.join_briefly(max(0.0, deadline_s - time.monotonic()))
+        unwritten = engine.join_briefly(max(0.0, deadline_s - time.monotonic()))
+        if unwritten:
+            _log.warning("%d saves of %s were not written before exit", unwritten, engine.session.path)
+
+
+def _age_s(since_s: float | None, now_s: float) -> float:
+    return 0.0 if since_s is None else max(0.0, now_s - since_s)
 
 
 def _checked_key(request_id: str, token_count: int) -> SnapshotKey:

@@ -93,7 +93,7 @@ class ShutdownReport:
         committed, cancelled, failed: saves settled so since shutdown began.
         abandoned: keys accepted and not settled in time. Not written, or written after this report.
         trash_left: forgotten directories whose bytes are not freed yet.
-        writer_stopped: the writer and sweeper threads are gone.
+        writer_stopped: the writer thread is gone. (If only the sweeper hangs, ``errors`` says so.)
         session_removed: the session directory is gone.
         errors: what went wrong on the way, in words.
         waited_s: seconds that it took.

@@ -6,7 +6,9 @@ meanwhile is undone here (late-rename rescue). No error of one job ends the thre
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import traceback
 from pathlib import Path
 
@@ -21,6 +23,9 @@ from snapstore._types import SnapshotInfo
 CHUNK_BYTES = 4 * 1024 * 1024
 """Between two chunks the writer looks whether its job was cancelled: 1 to 2 ms of writing into the page cache."""
 
+_NO_LINKS = frozenset({errno.ENOENT, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+"""There is nothing to link to, or this file system has no second names for files."""
+
 _log = logging.getLogger("snapstore.writer")
 
 
@@ -32,12 +37,16 @@ class Writer:
         self._session = session
         self._files = files
         self._options = options
+        self._full = options.durability == "full"
+        self._session_unsynced = False
         self._failures = 0
+        self._litter: list[str] = []
 
     def run(self) -> None:
         """Until the state says that it is over."""
         while self._settle_one():
             pass
+        self._tidy()
 
     def _settle_one(self) -> bool:
         """A function of its own, so that the thread keeps nothing of the last job alive while it waits."""
@@ -46,10 +55,11 @@ class Writer:
             return False
         try:
             written = self._write(job)
-        except Exception as error:  # whatever a job does, the next one goes on
+        except Exception as error:  # noqa: BLE001 - whatever a job does, the next one goes on
             traceback.clear_frames(error.__traceback__)
-            self._state.fail(job, error)
             self._note_failure(job, error)
+            self._state.fail(job, error)
+            self._mend(error)
             return True
         if written is None:
             self._state.finish_cancelled(job)
@@ -64,24 +74,36 @@ class Writer:
         """Make the file; ``None`` if the job was cancelled before its rename, with nothing left behind."""
         temporary = self._session.temporary_path()
         final = self._session.snapshot_path(job.key.request_id, job.ticket.generation, job.key.token_count)
+        fd = self._files.create(temporary)
         try:
-            size = self._write_temporary(job, temporary)
+            size = self._write_temporary(job, fd)
             if size is None or not self._state.is_current(job):
                 self._files.unlink(temporary)
                 return None
             self._make_generation(job.life)
-            self._files.rename(temporary, final)
+            self._put_in_place(temporary, final)
         except BaseException:
             self._discard(temporary)
             raise
-        if self._options.durability == "full":
-            self._files.sync_directory(
-                self._session.generation_path(job.life.request_id, job.life.generation)
-            )
+        self._look_at_space()
         return SnapshotInfo(job.key, job.ticket.generation, Path(final), job.nbytes), size
 
-    def _write_temporary(self, job: Job, path: str) -> int | None:
-        """Blocks of disk that it takes; ``None`` if the job was cancelled on the way."""
+    def _write_temporary(self, job: Job, fd: int) -> int | None:
+        """Fill and close the file. Blocks of disk that it takes; ``None`` if the job was cancelled on the way."""
+        with opened(self._files, fd):
+            whole = write_all(
+                self._files,
+                fd,
+                self._parts(job),
+                chunk_bytes=CHUNK_BYTES,
+                go_on=lambda: self._state.is_current(job),
+            )
+            if whole and self._options.durability != "none":
+                self._files.sync_data(fd)
+            return disk_bytes(self._files.status(fd)) if whole else None
+
+    def _parts(self, job: Job) -> list[memoryview]:
+        """What the file is made of: its header, then the tensors in the order of the file."""
         image = job.image
         assert image is not None and job.content is not None
         facts = Facts(
@@ -93,41 +115,80 @@ class Writer:
         )
         checksums = checksums_of(image.layout, image.segments) if self._options.checksum else None
         header = memoryview(encode_header(image.layout, facts, checksums))
-        in_file_order = [image.segments[index] for index in image.layout.file_order]
-        with opened(self._files, self._files.create(path)) as fd:
-            whole = write_all(
-                self._files,
-                fd,
-                [header, *in_file_order],
-                chunk_bytes=CHUNK_BYTES,
-                go_on=lambda: self._state.is_current(job),
-            )
-            if whole and self._options.durability != "none":
-                self._files.sync_data(fd)
-            return disk_bytes(self._files.status(fd)) if whole else None
+        return [header, *(image.segments[index] for index in image.layout.file_order)]
 
     def _make_generation(self, life: Life) -> None:
-        path = self._session.generation_path(life.request_id, life.generation)
         try:
-            self._files.make_directory(path)
+            self._files.make_directory(self._session.generation_path(life.request_id, life.generation))
+            self._session_unsynced = True
         except FileExistsError:
-            return
-        if self._options.durability == "full":
+            pass
+        if self._full and self._session_unsynced:
             self._files.sync_directory(self._session.path)
+            self._session_unsynced = False
+
+    def _put_in_place(self, temporary: str, final: str) -> None:
+        """With ``full`` a save can still fail after its rename; what it replaced is kept until then, and put back."""
+        if not self._full:
+            self._files.rename(temporary, final)
+            return
+        earlier = self._keep_earlier(final)
+        try:
+            self._files.rename(temporary, final)
+            self._files.sync_directory(os.path.dirname(final))
+        except BaseException:
+            self._put_back(earlier, final)
+            raise
+        if earlier is not None:
+            self._discard(earlier)
+
+    def _keep_earlier(self, final: str) -> str | None:
+        """A second name for the file that is about to be replaced; ``None`` if there is none, or no links here."""
+        earlier = self._session.temporary_path()
+        try:
+            self._files.link(final, earlier)
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                return None
+            raise
+        return earlier
+
+    def _put_back(self, earlier: str | None, final: str) -> None:
+        try:
+            if earlier is not None:
+                self._files.rename(earlier, final)
+            else:
+                self._files.unlink(final)
+        except OSError as error:
+            _log.debug("%s could not be put back as it was: %s", final, error)
 
     def _undo(self, info: SnapshotInfo) -> None:
-        """The commit said no: the life ended during the rename. The sweeper takes the directory; the file goes first."""
+        """The commit said no: the life ended during the rename. The sweeper takes the directory; the file goes now."""
         self._discard(str(info.path))
 
     def _discard(self, path: str) -> None:
+        """Remove a file that nobody will look for; what will not go is tried again when writes work."""
         try:
             self._files.unlink(path)
         except FileNotFoundError:
             return
         except OSError as error:
-            _log.warning("could not remove %s: %s; the end of the session will", path, error)
+            _log.debug("could not remove %s: %s; it is tried again", path, error)
+            self._litter.append(path)
+
+    def _tidy(self) -> None:
+        litter, self._litter = self._litter, []
+        for path in litter:
+            self._discard(path)
+
+    def _look_at_space(self) -> None:
+        try:
+            self._state.note_free_bytes(self._files.free_bytes(self._session.root))
+        except OSError as error:
+            _log.debug("the free space is not to be known: %s", error)
 
     def _note_failure(self, job: Job, error: Exception) -> None:
+        """One warning at the change, not one a job."""
         self._failures += 1
         level = logging.WARNING if self._failures == 1 else logging.DEBUG
         _log.log(
@@ -137,13 +198,19 @@ class Writer:
             type(error).__name__,
             error,
         )
-        if isinstance(error, FileNotFoundError):
-            try:
-                self._session.mend()
-            except OSError as again:
-                _log.debug("the session directory can not be mended: %s", again)
+
+    def _mend(self, error: Exception) -> None:
+        """Somebody may have removed the directories that it writes into."""
+        if not isinstance(error, FileNotFoundError):
+            return
+        try:
+            self._session.mend()
+        except OSError as again:
+            _log.debug("the session directory can not be mended: %s", again)
 
     def _note_success(self) -> None:
         if self._failures:
-            _log.warning("writes work again after %d failed saves", self._failures)
+            _log.info("writes work again after %d failed saves", self._failures)
             self._failures = 0
+        if self._litter:
+            self._tidy()

@@ -29,11 +29,19 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         "_json": set(),
         "_checksum": set(),
         "_memory": {"_format"},
+        "_device": {"_format"},
+        "_pinned": {"_device", "_memory"},
         "_owner": {"_files", "_paths"},
         "_reader": {"_checksum", "_files", "_format", "_memory"},
         "adapters": {"_format", "_memory"},
     },
-    {"_records": set(), "_state": {"_records"}, "_session": set(), "_adopt": {"_session"}},
+    {
+        "_records": set(),
+        "_state": {"_records"},
+        "_flights": {"_records"},
+        "_session": set(),
+        "_adopt": {"_session"},
+    },
     {
         "_writer": set(),
         "_cleanup": set(),
@@ -90,8 +98,8 @@ DISK_METHODS = words(
 )
 """Methods of ``pathlib.Path`` that reach a disk, as far as their names tell."""
 
-MAY_TOUCH = {"_owner": {"os.close", ".read_text"}}
-"""Exceptions, call by call: a forked child drops its copy of the lock; ``/proc`` is no disk."""
+MAY_TOUCH = {"_owner": {"os.close", ".read_text"}, "_pinned": {".read_text"}}
+"""Exceptions, call by call: a forked child drops its copy of the lock; ``/proc`` and ``/sys`` are no disks."""
 
 NAMES_ON_DISK = {
     value

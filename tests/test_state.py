@@ -556,6 +556,28 @@ def test_1_memory_is_released_before_the_ticket_says_that_it_is_over(hands: Hand
     assert seen == [(True, 1, 1)]
 
 
+def test_1_everyone_is_told_whatever_one_callback_raises(hands: Hands) -> None:
+    """An interruption that strikes in user code reaches the caller after all tickets are resolved."""
+    jobs = [hands.queue("a", tokens) for tokens in (1, 2, 3)]
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    jobs[1].ticket.add_done_callback(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hands.clean("a")
+    assert all(hands.is_settled(job, SaveState.CANCELLED) for job in jobs)
+    assert hands.queue("a") and hands.now.pending == 1
+
+
+def test_1_all_memory_is_back_before_the_first_of_many_is_told(hands: Hands) -> None:
+    jobs = [hands.queue("a", tokens) for tokens in (1, 2, 3)]
+    seen: list[int] = []
+    jobs[0].ticket.add_done_callback(lambda _: seen.append(hands.releases.total()))
+    hands.clean("a")
+    assert seen == [3]
+
+
 def test_1_user_code_runs_without_the_lock_and_may_come_back(hands: Hands) -> None:
     """A done callback cleans up the very request whose end it is told of."""
     job = hands.start()
@@ -1306,6 +1328,63 @@ def test_9_a_sweep_that_fails_is_tried_again_by_the_next_cleanup(hands: Hands, s
     assert hands.clean("a").lives == []
 
 
+def test_9_the_error_of_a_sweep_stands_until_all_removals_work_again(hands: Hands) -> None:
+    """A write that works does not hide it."""
+    for request_id in "ab":
+        hands.write(request_id)
+    hands.clean()
+    for life in hands.state.take_dirt():
+        hands.state.not_swept(life, OSError("busy"))
+    hands.write("c")
+    assert hands.now.last_error == "OSError: busy"
+    hands.clean("a")
+    hands.sweep()
+    assert not hands.state.removals_work() and hands.now.last_error == "OSError: busy"
+    hands.clean("b")
+    hands.sweep()
+    assert hands.state.removals_work() and hands.now.last_error is None
+    hands.state.not_freed(OSError("not empty"))
+    assert hands.now.last_error == "OSError: not empty"
+    assert hands.state.removals_work() and hands.now.last_error is None
+
+
+def test_9_a_sweeper_that_died_is_started_again_with_what_it_had_in_hand(hands: Hands) -> None:
+    held = hands.start("held")
+    lives = [hands.queue(request_id).life for request_id in "ab"]
+    hands.commit(held)
+    for _ in lives:
+        hands.commit(hands.claim())
+    hands.hold("held")
+    hands.clean("a"), hands.clean("held")
+    assert hands.state.take_dirt() == lives[:1]
+    hands.clean("b")
+    hands.state.sweeper_died(KeyError("bug"), for_good=False)
+    assert "bug" in (hands.now.last_error or "")
+    assert hands.state.claim_dirt() == lives, "each once, and not what is held"
+    hands.state.end_hold(held.life)
+    assert hands.state.take_dirt() == [held.life]
+
+
+def test_9_a_sweeper_that_died_twice_over_one_life_leaves_the_failed_ones_to_a_cleanup(hands: Hands) -> None:
+    failed, other = hands.write("a").life, hands.write("b").life
+    hands.clean()
+    assert hands.state.take_dirt() == [failed, other]
+    hands.state.not_swept(failed, OSError("busy"))
+    hands.state.sweeper_died(KeyError("bug"), for_good=False)
+    assert hands.state.take_dirt() == [other]
+    assert hands.clean("a").lives == [failed] and hands.state.take_dirt() == [failed]
+
+
+def test_9_a_sweeper_that_died_for_good_lets_nobody_wait(hands: Hands, script: Script) -> None:
+    life = hands.write("a").life
+    lives = hands.clean("a").lives
+    started_s = script.now_s
+    script.meanwhile(lambda: hands.state.sweeper_died(KeyError("bug"), for_good=True))
+    assert hands.state.await_swept(lives, 2.0) == 0
+    assert script.now_s == started_s and not life.swept and life.sweep_error is not None
+    assert hands.state.take_dirt() == [] and not hands.state.removals_work()
+
+
 def test_9_a_sweep_that_failed_is_tried_again_at_the_end(hands: Hands) -> None:
     job = hands.write("a")
     hands.clean("a")
@@ -1491,6 +1570,16 @@ def test_the_writer_is_woken_to_end(hands: Hands, script: Script, end: str) -> N
         hands.state.close("over")
         script.meanwhile(hands.state.abandon_rest if end == "abandon_rest" else hands.clean)
     assert hands.state.claim() is None and script.waits == 1
+
+
+def test_shutdown_can_wait_for_what_is_on_its_way_to_host_memory(hands: Hands, script: Script) -> None:
+    assert hands.state.await_staged(0)
+    first, second = hands.reserve("a"), hands.reserve("b")
+    script.meanwhile(lambda: hands.clean("a"), lambda: hands.admit(first), lambda: hands.admit(second))
+    assert not hands.state.await_staged(0)
+    assert not script.steps.clear() and script.waits == 1
+    script.meanwhile(lambda: (hands.admit(first), hands.state.abandon(second, ValueError("copy"))))
+    assert hands.state.await_staged(2.0)
 
 
 def test_saves_that_are_abandoned_leave_no_empty_life(hands: Hands) -> None:

@@ -90,6 +90,7 @@ class Era:
     holder: Literal["writer", "detacher"] | None = None
     on_disk: bool = False
     sweep: Literal["unneeded", "held", "dirty", "taken", "failed", "swept"] = "unneeded"
+    doomed_bytes: int = 0
     index: dict[int, Stored] = field(default_factory=dict)
     newest: dict[int, int] = field(default_factory=dict)
     failed: dict[int, OSError] = field(default_factory=dict)
@@ -143,6 +144,8 @@ class StateMachine(RuleBasedStateMachine):
         self.abandoned = False
         self.asked = False
         self.looks = 0
+        self.write_error: str | None = None
+        self.removal_error: str | None = None
 
     @initialize(
         session_limit=st.sampled_from((None, None, None, 300)),
@@ -205,7 +208,11 @@ class StateMachine(RuleBasedStateMachine):
 
     def used_bytes(self) -> int:
         live = sum(stored.disk_bytes for era in self.eras for stored in era.index.values())
-        return live + sum(self.trash) + sum(save.nbytes for save in self.in_flight())
+        return live + self.trash_bytes() + sum(save.nbytes for save in self.in_flight())
+
+    def trash_bytes(self) -> int:
+        """What is forgotten and still on disk: in the trash, or on its way there."""
+        return sum(self.trash) + sum(era.doomed_bytes for era in self.eras if era.sweep != "swept")
 
     def dying(self, request_ids: Iterable[str]) -> list[Era]:
         return [
@@ -247,6 +254,7 @@ class StateMachine(RuleBasedStateMachine):
         era.alive = False
         for save in self.of(era, QUEUED):
             self.settle(save, CANCELLED)
+        era.doomed_bytes = sum(stored.disk_bytes for stored in era.index.values())
         era.index.clear()
         era.failed.clear()
         if era.on_disk:
@@ -378,6 +386,7 @@ class StateMachine(RuleBasedStateMachine):
         assert self.hand is not None
         error = OSError(f"disk {self.hand.order}")
         assert self.state.fail(self.hand.job, error) is self.hand.era.alive
+        self.write_error = f"OSError: {error}"
         self.settle_in_hand(FAILED, error)
 
     @precondition(lambda self: self.hand is not None and self.hand_at == "writing")
@@ -387,6 +396,7 @@ class StateMachine(RuleBasedStateMachine):
             error = OSError("bug")
             self.state.writer_died(error, for_good=False)
             self.restarts += 1
+            self.write_error = "OSError: bug"
             self.settle_in_hand(FAILED, error)
 
     def work_once(self) -> None:
@@ -436,6 +446,7 @@ class StateMachine(RuleBasedStateMachine):
             return
         save.era.index[save.key.token_count] = made
         save.era.failed.pop(save.key.token_count, None)
+        self.write_error = None
         self.settle_in_hand(COMMITTED, made.info)
 
     def undo(self, save: Save) -> None:
@@ -549,6 +560,7 @@ class StateMachine(RuleBasedStateMachine):
         if not goes:
             self.state.not_swept(life, OSError("busy"))
             era.sweep = "failed"
+            self.removal_error = "OSError: busy"
             return
         for path in [path for path in self.files if path[:2] == (life.request_id, life.generation)]:
             del self.files[path]
@@ -556,10 +568,32 @@ class StateMachine(RuleBasedStateMachine):
         self.state.swept(life, life.doomed_bytes)
         era.sweep = "swept"
 
+    @precondition(lambda self: self.sweeping or self.trash)
+    @rule(really=seldom, for_good=st.booleans())
+    def sweeper_dies(self, really: bool, for_good: bool) -> None:
+        """And is started again, or what it leaves is given up until the next cleanup."""
+        if not really:
+            return
+        self.state.sweeper_died(OSError("bug"), for_good=for_good)
+        self.removal_error = "OSError: bug"
+        self.sweeping = []
+        for era in self.eras:
+            if era.sweep in ("dirty", "taken"):
+                era.sweep = "failed" if for_good else "dirty"
+
+    @precondition(lambda self: self.trash)
+    @rule()
+    def trash_stays(self) -> None:
+        self.state.not_freed(OSError("not empty"))
+        self.removal_error = "OSError: not empty"
+
     @rule(free_bytes=st.sampled_from((10_000, 150, 60)))
     def empty_trash(self, free_bytes: int) -> None:
         while self.trash:
             self.state.freed(self.trash.pop())
+        all_gone = not any(era.sweep == "failed" for era in self.eras)
+        assert self.state.removals_work() is all_gone
+        self.removal_error = None if all_gone else self.removal_error
         self.state.note_free_bytes(free_bytes)
         self.free_bytes = free_bytes
 
@@ -597,8 +631,9 @@ class StateMachine(RuleBasedStateMachine):
         live = [stored for era in self.eras for stored in era.index.values()]
         assert (now.live_requests, now.live_snapshots) == (sum(era.alive for era in self.eras), len(live))
         assert now.session_bytes == sum(stored.disk_bytes for stored in live)
-        assert now.trash_bytes == sum(self.trash)
+        assert now.trash_bytes == self.trash_bytes()
         assert (now.writer_restarts, now.cleanup_timeouts) == (self.restarts, 0)
+        assert (now.last_error, now.free_bytes) == (self.write_error or self.removal_error, self.free_bytes)
         oldest = next(iter(self.in_flight()), None)
         assert now.oldest_since_s == (oldest.job.since_s if oldest else None)
 
@@ -614,6 +649,7 @@ class StateMachine(RuleBasedStateMachine):
                 self.check_outcome(save)
             elif save.phase is not STAGING:
                 assert save.job.image is not None and save.job.image.segments, "(8)"
+        assert self.state.await_staged(0) is not any(save.phase is STAGING for save in self.saves)
         assert self.state.tickets() == [save.job.ticket for save in self.in_flight()]
         for request_id in REQUESTS:
             used = [save for save in self.saves if not save.phase.settled or save.readers]
@@ -774,6 +810,7 @@ class ClosingStateMachine(StateMachine):
             return
         error = OSError("bug")
         self.state.writer_died(error, for_good=True)
+        self.write_error = "OSError: bug"
         self.closed = self.abandoned = True
         for save in list(self.queue):
             self.settle(save, FAILED, error)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from snapstore._maintenance.survey import Loose, Owner, Session, SnapshotFile
+from snapstore._maintenance.survey import Finding, Loose, Owner, Session, SnapshotFile, Surroundings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,7 @@ class Plan:
         in_use: snapshots that the rules select and that stay, because their owner is alive or not to be known.
         over_bytes: by how much ``max_bytes`` is still missed when all this is gone.
         unnamed: snapshots that a rule on requests passed over, because no file tells the request.
+        findings: what is odd where the rules look; what is foreign stays, and its session with it.
     """
 
     sessions: tuple[SessionPlan, ...] = ()
@@ -75,6 +76,7 @@ class Plan:
     in_use: int = 0
     over_bytes: int = 0
     unnamed: int = 0
+    findings: tuple[Finding, ...] = ()
 
     @property
     def snapshots(self) -> int:
@@ -99,12 +101,12 @@ class Plan:
         return not (self.sessions or self.unfinished)
 
 
-def make_plan(sessions: Iterable[Session], unfinished: Iterable[Loose], rules: Rules, now_s: float) -> Plan:
+def make_plan(sessions: Iterable[Session], around: Surroundings, rules: Rules, now_s: float) -> Plan:
     """Decide. Reads the sessions once, in order, and keeps of each only what may go."""
     chooser = _Chooser(rules, now_s)
     for session in sessions:
         chooser.look_at(session)
-    return chooser.decide(unfinished)
+    return chooser.decide(around)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class _Chooser:
         self._parts: dict[str, _Part] = {}
         self._candidates: list[_Candidate] = []
         self._latest: dict[str, list[tuple[str, int, int]]] = {}
+        self._findings: list[Finding] = []
         self._total_bytes = 0
         self._unnamed = 0
 
@@ -145,6 +148,7 @@ class _Chooser:
             self._note_latest(each)
         if self._rules.session not in (None, session.name):
             return
+        self._findings += session.findings
         self._look_at_snapshots(session)
         dead = session.owner.liveness == "dead"
         if dead and self._rules.request is None:
@@ -154,18 +158,19 @@ class _Chooser:
             if not (session.snapshots or session.loose) and self._is_before(_birth_ns(session)):
                 self._part(session)
 
-    def decide(self, unfinished: Iterable[Loose]) -> Plan:
+    def decide(self, around: Surroundings) -> Plan:
         """The plan."""
         in_use, over_bytes = self._choose([each for each in self._candidates if not self._kept(each.item)])
         rules = self._rules
         everywhere = rules.session is None and rules.request is None
-        going = [each for each in unfinished if everywhere and self._is_before(each.mtime_ns)]
+        going = [each for each in around.unfinished if everywhere and self._is_before(each.mtime_ns)]
         return Plan(
             sessions=tuple(filter(None, map(self._session_plan, self._parts.values()))),
             unfinished=tuple(going),
             in_use=in_use,
             over_bytes=over_bytes,
             unnamed=self._unnamed,
+            findings=(*self._findings, *(around.findings if everywhere else ())),
         )
 
     def _look_at_snapshots(self, session: Session) -> None:

@@ -132,18 +132,21 @@ class Surroundings:
     findings: tuple[Finding, ...]
 
 
-def sessions(root: Root, *, request_ids: bool = False) -> Iterator[Session]:
-    """Every session, oldest first, one at a time. ``request_ids`` reads one header a generation."""
+def sessions(root: Root, *, request_ids: bool = False, request_hash: str | None = None) -> Iterator[Session]:
+    """Every session, oldest first, one at a time.
+
+    ``request_ids`` reads one header a generation; with ``request_hash`` only the snapshots of that request are seen.
+    """
     for name in root.files.names(root.fd):
         if _paths.is_session_name(name):
-            session = _Look(root, request_ids).session(name)
+            session = _Look(root, request_ids, request_hash).session(name)
             if session is not None:
                 yield session
 
 
 def surroundings(root: Root) -> Surroundings:
     """Half-made and half-removed sessions, what is in quarantine, and what is not snapstore's."""
-    look = _Look(root, request_ids=False)
+    look = _Look(root)
     unfinished: list[Loose] = []
     quarantined: list[Loose] = []
     for name in root.files.names(root.fd):
@@ -165,7 +168,8 @@ class _Look:
     """One walk, and what it found odd on the way. ``within`` is always an open directory, ``above`` its path."""
 
     root: Root
-    request_ids: bool
+    request_ids: bool = False
+    request_hash: str | None = None
     findings: list[Finding] = field(default_factory=list)
 
     def session(self, name: str) -> Session | None:
@@ -231,6 +235,8 @@ class _Look:
     def _generation(self, session: str, name: str, within: int) -> list[SnapshotFile]:
         parsed = _paths.parse_generation_name(name)
         assert parsed is not None
+        if self.request_hash not in (None, parsed.request_hash):
+            return []
         generation = Generation(session, name, parsed.request_hash, parsed.generation)
         fd = self.enter(name, within, session)
         if fd is None:

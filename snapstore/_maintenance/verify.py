@@ -68,7 +68,7 @@ def verify_file(files: FileSystem, path: str, on_read: Callable[[int], None]) ->
     with opened(files, files.open_read(path)) as fd:
         nbytes = files.status(fd).st_size
         checker = _Checker(files, on_read)
-        finding = checker.check(fd, path, lambda header: None)
+        finding = checker.check(fd, path)
     return VerifyReport(1, nbytes, checker.without_checksums, (finding,) if finding else ())
 
 
@@ -101,15 +101,16 @@ class _Checker:
         self._buffer = allocate(_BUFFER_BYTES)
         self.without_checksums = 0
 
-    def check(self, fd: int, path: str, check_identity: Callable[[Header], None]) -> Finding | None:
-        """What is wrong with an open file."""
+    def check(self, fd: int, path: str, place: SnapshotFile | None = None) -> Finding | None:
+        """What is wrong with an open file, or with the place where it stands."""
         nbytes = self._files.status(fd).st_size
         try:
             self._check_length(fd)
             header = read_header(self._files, fd)
             if header.facts is None:
                 return Finding("foreign", path, "a safetensors file that snapstore did not write", nbytes)
-            check_identity(header)
+            if place is not None:
+                _check_place(header, place)
             check_data(self._files, fd, header, self._buffer, self._on_read)
         except NewerFormatError as error:
             return Finding("newer", path, str(error), nbytes)
@@ -165,7 +166,7 @@ class _RootWork:
                 self.root.directory(snapshot.of.name, session) as generation,
                 opened(files, files.open_read(snapshot.name, dir_fd=generation)) as fd,
             ):
-                finding = self.checker.check(fd, snapshot.path, lambda header: _check_place(header, snapshot))
+                finding = self.checker.check(fd, snapshot.path, snapshot)
         except FileNotFoundError:
             return None  # its owner removed or replaced it meanwhile
         except OSError as error:

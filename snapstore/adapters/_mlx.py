@@ -12,17 +12,16 @@ from typing import Any, Literal, cast
 import mlx.core as mx
 
 from snapstore._format import ITEM_BYTES, Layout, TensorSpec
-from snapstore._memory import copy_bytes
 from snapstore._types import Framework
-from snapstore.adapters import unsupported
+from snapstore.adapters import place, unsupported
 
-_DTYPES = {
+DTYPES = {
     "BOOL": mx.bool_,
     "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
     "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64,
     "F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32, "F64": mx.float64, "C64": mx.complex64,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _WORDS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 """Formats of unsigned integers, by their bytes: what an array is made of before it gets its dtype."""
@@ -55,8 +54,8 @@ class MlxAdapter:
     def copy_into(self, sources: Sequence[mx.array], layout: Layout, buffer: memoryview) -> None:
         """Blocks until all is evaluated, and then for one copy of the bytes; holds the GIL but between slices."""
         views, _keeps = self.view(sources)
-        for view, offset, size in zip(views, layout.offsets, layout.sizes, strict=True):
-            copy_bytes(view, buffer[offset : offset + size])
+        for view, offset in zip(views, layout.offsets, strict=True):
+            place(view, buffer, offset)
 
     def view(self, sources: Sequence[mx.array]) -> tuple[list[memoryview], list[mx.array]]:
         """Blocks for one ``mx.eval`` of all; copies only what is not contiguous."""
@@ -97,7 +96,7 @@ def _is_gpu(device: Any) -> bool:
 
 
 def _array_of(spec: TensorSpec, source: memoryview, *, on_gpu: bool) -> mx.array:
-    dtype = _DTYPES.get(spec.dtype)
+    dtype = DTYPES.get(spec.dtype)
     if dtype is None or (on_gpu and dtype == mx.float64):
         where = " on the GPU" if dtype is not None else ""
         why = f"mlx has no {spec.dtype}{where}; load with framework='torch', or with device='cpu'"

@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from snapstore._format import Layout, TensorSpec
-from snapstore._memory import copy_bytes
 from snapstore._types import Framework
-from snapstore.adapters import unsupported
+from snapstore.adapters import place, unsupported
 
 try:
     import ml_dtypes
@@ -31,7 +30,7 @@ else:
 
 _Array = npt.NDArray[Any]
 
-_DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(scalar)
     for name, scalar in {
         "BOOL": np.bool_,
@@ -41,12 +40,12 @@ _DTYPES: dict[str, np.dtype[Any]] = {
         **_ML_DTYPES,
     }.items()
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _HELD_ITEMS = 500
 """``np.copyto`` lets the GIL go above this number of items. (numpy 1.x and 2.x, NPY_BEGIN_THREADS_THRESHOLDED)"""
 _HELD_BYTES = 1024 * 1024
-_BIG_ITEMS = 4_000_000
+BIG_ITEMS = 4_000_000
 """From here on a copy item by item takes longer than the one turn of the GIL that letting it go can cost."""
 
 
@@ -69,7 +68,7 @@ class NumpyAdapter:
         """Blocks for one copy of the bytes, and holds the GIL but between slices of them."""
         for array, offset, size in zip(sources, layout.offsets, layout.sizes, strict=True):
             if array.flags.c_contiguous:
-                copy_bytes(_bytes_of(array), buffer[offset : offset + size])
+                place(_bytes_of(array), buffer, offset)
             elif size:
                 _copy(np.ndarray(array.shape, array.dtype, buffer, offset), array)
 
@@ -117,7 +116,7 @@ def _why_not(dtype: np.dtype[Any]) -> str:
 
 
 def _dtype_for(spec: TensorSpec) -> np.dtype[Any]:
-    dtype = _DTYPES.get(spec.dtype)
+    dtype = DTYPES.get(spec.dtype)
     if dtype is None:
         why = (
             f"numpy knows {spec.dtype} only with ml_dtypes; install ml_dtypes, or load with framework='torch'"
@@ -141,7 +140,7 @@ def _contiguous(array: _Array) -> _Array:
 
 def _copy(target: _Array, source: _Array) -> None:
     """Copy a strided array into a C-contiguous one."""
-    if source.size >= _BIG_ITEMS:
+    if source.size >= BIG_ITEMS:
         np.copyto(target, source)
     else:
         axis = _rows_axis(source)
@@ -152,7 +151,7 @@ def _copy_held(target: _Array, source: _Array) -> None:
     """In blocks for which numpy does not let the GIL go."""
     held = max(1, min(_HELD_ITEMS, _HELD_BYTES // source.itemsize))
     if source.flags.c_contiguous:
-        copy_bytes(_bytes_of(source), _bytes_of(target))
+        place(_bytes_of(source), _bytes_of(target), 0)
     elif source.size <= held:
         np.copyto(target, source)
     elif source.size > held * len(source):

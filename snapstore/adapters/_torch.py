@@ -9,16 +9,15 @@ import ctypes
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from snapstore._format import Layout, TensorSpec
-from snapstore._memory import copy_bytes
 from snapstore._types import Framework
-from snapstore.adapters import unsupported
+from snapstore.adapters import place, unsupported
 
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -27,7 +26,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _REFUSED: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (lambda t: not isinstance(t, torch.Tensor), "it is no tensor; save torch.as_tensor of it"),
@@ -54,9 +53,14 @@ _ADVICE = {
 }
 
 
+_dispatch_keys = torch._C._dispatch_keys
+_as_plain_tensors = torch._C.DisableTorchFunction
+"""What subclasses and modes, a default device among them, make of torch's functions is of no interest here."""
+
+
 def _keys(tensor: torch.Tensor) -> int:
     """What torch's dispatcher knows of it: backend, conj and neg bits, wrappers. Unlike ``is_neg()``, keeps the GIL."""
-    return torch._C._dispatch_keys(tensor).raw_repr()
+    return _dispatch_keys(tensor).raw_repr()
 
 
 def _plain_keys() -> frozenset[int]:
@@ -82,15 +86,11 @@ _LONG_ROW_BYTES = 4096
 """Rows are copied one by one where they are few, or so long that finding each costs less than copying it."""
 
 
-class _Source(NamedTuple):
-    """A tensor, and how its bytes are to be had.
+_Source = tuple[torch.Tensor, "int | None"]
+"""A tensor, and how many of its axes count rows without a gap in host memory (0: it is contiguous).
 
-    ``lead`` is the number of its axes that count rows without a gap in host memory (0: it is contiguous);
-    ``None``: torch has to copy it.
-    """
-
-    tensor: torch.Tensor
-    lead: int | None
+``None``: its bytes are not there to be copied as they are, or in too many rows; torch has to do it.
+"""
 
 
 class TorchAdapter:
@@ -102,39 +102,42 @@ class TorchAdapter:
     def describe(self, tensors: Mapping[str, Any]) -> tuple[list[TensorSpec], list[_Source]]:
         """Check every tensor; look at its dtype, shape and strides only. Does not block."""
         specs, sources = [], []
-        with torch._C.DisableTorchFunction():
+        with _as_plain_tensors():
             for name, tensor in tensors.items():
                 lead = _lead(name, tensor)
                 specs.append(TensorSpec(name, _NAMES[tensor.dtype], tuple(tensor.shape)))
-                sources.append(_Source(tensor, lead))
+                sources.append((tensor, lead))
         return specs, sources
 
     def copy_into(self, sources: Sequence[_Source], layout: Layout, buffer: memoryview) -> None:
         """Blocks for one copy of the bytes; holds the GIL but between slices of them, and while torch copies."""
         left = []
-        for (tensor, lead), offset, size in zip(sources, layout.offsets, layout.sizes, strict=True):
-            if lead is None:
-                left.append((offset, tensor))
-            elif size:
-                for row in _rows(tensor, lead):
-                    copy_bytes(row, buffer[offset : offset + len(row)])
-                    offset += len(row)
-        if left:
-            _copy_by_torch(left, buffer)
+        with _as_plain_tensors():
+            for (tensor, lead), offset, size in zip(sources, layout.offsets, layout.sizes, strict=True):
+                if not size:
+                    continue
+                if lead is None:
+                    left.append((offset, tensor))
+                elif lead:
+                    _copy_rows(tensor, lead, buffer[offset : offset + size])
+                else:
+                    place(_memory_at(tensor.data_ptr(), size, _READ), buffer, offset)
+            if left:
+                _copy_by_torch(left, buffer)
 
     def view(self, sources: Sequence[_Source]) -> tuple[list[memoryview], list[Any]]:
         """The tensors' own memory; one that is not contiguous in host memory is copied first, which blocks for that."""
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with _as_plain_tensors(), torch.no_grad():
             tensors = [tensor if lead == 0 else _host_copy(tensor) for tensor, lead in sources]
-        views = [next(_rows(tensor, 0)) if tensor.numel() else memoryview(b"") for tensor in tensors]
-        # The storages: a tensor can be given another one (``t.data = ...``), and its first would be freed.
-        return views, [tensor.untyped_storage() for tensor in tensors]
+            views = [_view(tensor) for tensor in tensors]
+            # The storages: a tensor can be given another one (``t.data = ...``), and its first would be freed.
+            return views, [tensor.untyped_storage() for tensor in tensors]
 
     def from_host(self, layout: Layout, buffer: memoryview, device: Any) -> dict[str, torch.Tensor]:
         """Writable tensors over ``buffer``, which the last of them frees; blocks for a copy if a device is named."""
         target = _device(device)
         # Usable anywhere, also where the caller is in inference mode or has set a default device.
-        with torch.inference_mode(False), torch._C.DisableTorchFunction():
+        with _as_plain_tensors(), torch.inference_mode(False):
             tensors = {
                 spec.name: _tensor_over(buffer, spec, offset)
                 for spec, offset in zip(layout.specs, layout.offsets, strict=True)
@@ -154,7 +157,7 @@ def _lead(name: str, tensor: Any) -> int | None:
         raise unsupported(name, f"safetensors has no dtype {tensor.dtype}; {advice}")
     if not plain and (not tensor.is_cpu or tensor.is_conj() or tensor.is_neg()):
         return None
-    if tensor.numel() and not tensor.data_ptr():
+    if not tensor.data_ptr() and tensor.numel():
         raise unsupported(name, "its memory is gone: its storage has been resized to nothing")
     return _row_axes(tensor)
 
@@ -177,23 +180,25 @@ def _row_axes(tensor: torch.Tensor) -> int | None:
     return lead if math.prod(shape[:lead]) <= few else None
 
 
-def _rows(tensor: torch.Tensor, lead: int) -> Iterator[memoryview]:
-    """Its memory, row by row in the order of its values. The views do not keep it alive."""
-    address, nbytes, itemsize = tensor.data_ptr(), tensor.nbytes, tensor.itemsize
-    if not lead:
-        yield _memory_at(address, nbytes, _READ)
-        return
-    shape = tensor.shape[:lead]
+def _view(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor, which the view does not keep alive."""
+    return _memory_at(tensor.data_ptr(), tensor.nbytes, _READ) if tensor.numel() else memoryview(b"")
+
+
+def _copy_rows(tensor: torch.Tensor, lead: int, target: memoryview) -> None:
+    shape, itemsize, address = tensor.shape[:lead], tensor.itemsize, tensor.data_ptr()
+    nbytes = len(target) // math.prod(shape)
     steps = [
         [i * stride * itemsize for i in range(n)] for n, stride in zip(shape, tensor.stride(), strict=False)
     ]
-    for step in itertools.product(*steps):
-        yield _memory_at(address + sum(step), nbytes // math.prod(shape), _READ)
+    for number, step in enumerate(itertools.product(*steps)):
+        row = _memory_at(address + sum(step), nbytes, _READ)
+        place(row, target, number * nbytes)
 
 
 def _copy_by_torch(left: Sequence[tuple[int, torch.Tensor]], buffer: memoryview) -> None:
     """In as few calls as can be, since each lets the GIL go: one for all that is in host memory."""
-    with torch.no_grad(), torch._C.DisableTorchFunction():
+    with torch.no_grad():
         # As bytes: torch makes every byte of a bool that is not 0 a 1.
         raw = [
             (offset, each.view(torch.uint8) if each.dtype is torch.bool else each) for offset, each in left
@@ -254,7 +259,7 @@ def _device(device: Any) -> torch.device | None:
 
 
 def _tensor_over(buffer: memoryview, spec: TensorSpec, offset: int) -> torch.Tensor:
-    dtype, count = _DTYPES[spec.dtype], math.prod(spec.shape)
+    dtype, count = DTYPES[spec.dtype], math.prod(spec.shape)
     if not count:  # frombuffer refuses to make nothing
         return torch.empty(spec.shape, dtype=dtype, device="cpu")
     return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(spec.shape)

@@ -32,7 +32,6 @@ from snapstore.caches._tree import TensorType, TreeDecoder, TreeEncoder
 TENSORS = TensorType(framework="mlx", matches=lambda value: type(value) is mx.array, handle=copy.copy)
 
 _CACHE_LIST = "mlx_lm.models.cache.CacheList"
-_GAP: dict[str, JSON] = {"class": None}  # a None in the list itself
 _KV = ("keys", "values", "offset")
 _BATCH = (*_KV, "left_padding", "_idx")
 
@@ -90,7 +89,7 @@ def _capture_layers(layers: Sequence[Any], encoder: TreeEncoder, everything: boo
 
 def _capture(layer: Any, encoder: TreeEncoder, everything: bool, path: str) -> JSON:
     if layer is None:
-        return dict(_GAP)
+        return {"class": class_name(layer)}  # a gap in the list, which must be one in the other list, too
     if class_name(layer) == _CACHE_LIST:
         parts = _capture_layers(layer.caches, encoder, everything, path)
         return {"class": _CACHE_LIST, "caches": parts}
@@ -112,11 +111,8 @@ def _plan_layers(layers: Sequence[Any], records: JSON, decoder: TreeDecoder, pat
 
 
 def _plan(layer: Any, record: JSON, decoder: TreeDecoder, path: str) -> Iterator[Fill]:
-    if record == {"class": None} or layer is None:
-        if not (layer is None and record == {"class": None}):
-            raise ValueError(
-                f"{path}: only one of snapshot and cache has a layer here. Make the cache for the same model"
-            )
+    if layer is None:
+        match_class(layer, record, path)
     elif class_name(layer) == _CACHE_LIST:
         parts = match_class(layer, record, path).get("caches")
         yield from _plan_layers(layer.caches, parts, decoder, path)

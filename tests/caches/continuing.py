@@ -34,7 +34,9 @@ def check(store: SnapshotStore, files: FaultyFileSystem, fresh: Callable[[], Any
     for boundary in BOUNDARIES:
         _continue(store, boundary, "disk", fresh, step, logits)
         start, stop = next(each for each in STEPS if each[0] == boundary)
-        assert step(fresh(), start, stop) != logits[start], "an empty cache gives the same: nothing was tested"
+        assert step(fresh(), start, stop) != logits[start], (
+            "an empty cache gives the same: nothing was tested"
+        )
 
 
 def _live_run(store: SnapshotStore, cache: Any, step: Step) -> dict[int, bytes]:

@@ -21,7 +21,6 @@ from snapstore import SnapshotStore  # noqa: E402
 from snapstore.testing import FaultyFileSystem  # noqa: E402
 
 
-
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """These models are so small that a second thread only waits for its turn."""
@@ -61,7 +60,9 @@ def test_a_restored_dynamic_cache_continues_byte_for_byte(
     check(store, files, model, lambda: DynamicCache(config=model.config))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_next", "falcon_h1", "inkling2_text"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3_text", "qwen3_next", "falcon_h1", "glm_moe_dsa", "minimax_m3_vl_text"]
+)
 def test_a_restored_static_cache_continues_byte_for_byte(
     store: SnapshotStore, files: FaultyFileSystem, name: str
 ) -> None:

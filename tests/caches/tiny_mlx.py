@@ -72,6 +72,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "conv_bias": False,
         "conv_L_cache": 3,
         "block_dim": 32,
+        "block_ff_dim": 48,
         "block_multiple_of": 8,
         "block_ffn_dim_multiplier": 1.0,
         "block_auto_adjust_ff_dim": True,

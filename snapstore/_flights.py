@@ -1,0 +1,418 @@
+"""What is on its way between devices and the host: one leaf lock, every transition. No device, no thread, no state called.
+
+A *submission* is what devices have to do for one save, a *part* is what one of them has to; a *lane* is a device with
+its thread, and a *landing* a copy the other way, of a load.
+
+    part        from -> to              function                    thread
+                -       -> waiting      submit                      the one that saves
+                waiting -> flying       take                        the device's, before it calls the driver
+                waiting -> over         take, overdue, lose,        whoever finds that its life has ended, its device is stuck
+                                        drop_waiting, give_up       or lost, its source is asked back, the store ends
+                flying  -> over         landed                      the device's, when its mark was reached, however late
+
+    lane        ok -> stuck             overdue                     the watch: nothing was reached for `timeout_s`
+                stuck -> ok             landed, upload_landed       the device's: something was reached after all
+                ok, stuck -> lost       lose                        the device's: final
+
+ 1. A submission counts from `submit`, not from when there is a mark; it is at rest when each of its parts is over.
+ 2. Its *end* (admit or abandon) is taken once, under the lock; who has taken it tells the state, after the lock.
+ 3. Source, scratch and host buffer are kept until it is at rest. Ended before, with parts flying, they are *leaked*.
+ 4. A part that has not flown is never read by its device; one that has may be, until its mark is reached.
+ 5. A lane is lost for good; what was flying there is kept for ever.
+
+Decide under the lock, act outside: what is to be done comes back as a ``Verdict``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from snapstore._device import Block, Device
+from snapstore._format import Layout
+from snapstore._pinned import HostBuffer
+from snapstore._records import Job
+from snapstore._types import DeviceHealth, DeviceStatus
+
+
+@dataclass(slots=True, eq=False)
+class Submission:
+    """The device side of one save. ``borrowed``: the sources themselves are read, and are its caller's until then."""
+
+    job: Job
+    layout: Layout
+    buffer: HostBuffer
+    borrowed: bool
+    parts: list[Part] = field(default_factory=list)
+    parts_left: int = 0
+    handed_over: bool = False
+    ended: bool = False
+
+    @property
+    def leaks(self) -> bool:
+        return self.ended and any(part.flying for part in self.parts)
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """What one device has to do for a submission: copy ``blocks``, which hold the tensors ``indices`` in this order."""
+
+    submission: Submission
+    device: Device
+    indices: Sequence[int]
+    blocks: Sequence[Block]
+    after: Any
+    flying: bool = False
+    over: bool = False
+    mark: Any = None
+
+    @property
+    def waiting(self) -> bool:
+        return not (self.flying or self.over)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks)
+
+    def let_go(self) -> None:
+        """The device does not read it any more: outside the lock, since it frees memory of the device."""
+        self.blocks, self.after, self.mark = (), None, None
+
+
+class Landing(NamedTuple):
+    """A copy to the device that is under way, and what to do when ``mark`` is reached."""
+
+    mark: Any
+    landed: Callable[[], None]
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One device of one store."""
+
+    device: Device
+    work: threading.Condition
+    status: DeviceStatus = "ok"
+    error: BaseException | None = None
+    since_s: float = 0.0
+    waiting: deque[Part] = field(default_factory=deque)
+    flying: deque[Part] = field(default_factory=deque)
+    landings: deque[Landing] = field(default_factory=deque)
+    thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.flying or self.landings)
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What is to be done after the lock: parts to let go, submissions at rest, ends that the caller has taken."""
+
+    over: list[Part] = field(default_factory=list)
+    at_rest: list[Submission] = field(default_factory=list)
+    admit: list[Submission] = field(default_factory=list)
+    abandon: list[tuple[Submission, BaseException]] = field(default_factory=list)
+
+
+class DeviceFacts(NamedTuple):
+    """One moment of all devices of a store, for whoever looks."""
+
+    on_their_way: int = 0
+    leaked_bytes: int = 0
+    pageable_copies: int = 0
+    devices: tuple[DeviceHealth, ...] = ()
+
+
+class Flights:
+    """See the module's header. Nothing here blocks but what says so."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._watch = threading.Condition(self._lock)
+        self._rest = threading.Condition(self._lock)
+        self._lanes: dict[Device, Lane] = {}
+        self._outstanding: dict[Submission, None] = {}
+        self._armed = False
+        self._closing = False
+        self._pageable = 0
+        self.published = DeviceFacts()
+
+    # -- the thread that saves or loads -------------------------------------------------------------------------
+
+    def lane(self, device: Device) -> Lane:
+        """The lane of a device, a new one if it has none."""
+        with self._lock:
+            lane = self._lanes.get(device)
+            if lane is None:
+                lane = self._lanes[device] = Lane(device, threading.Condition(self._lock))
+                self._publish_locked()
+            return lane
+
+    def unfit(self, devices: Iterable[Device]) -> Lane | None:
+        """The lane of the first of these devices that takes no more copies."""
+        with self._lock:
+            return self._unfit_locked(devices)
+
+    def submit(self, submission: Submission) -> Lane | None:
+        """Hand over; counted from here. Nothing is, if a device takes no more copies: then the answer is its lane."""
+        with self._lock:
+            unfit = self._unfit_locked(part.device for part in submission.parts)
+            if unfit is not None:
+                return unfit
+            submission.parts_left = len(submission.parts)
+            submission.handed_over = True
+            self._outstanding[submission] = None
+            self._pageable += not submission.buffer.pinned
+            for part in submission.parts:
+                lane = self._lanes[part.device]
+                self._note_work_locked(lane)
+                lane.waiting.append(part)
+                lane.work.notify()
+            self._publish_locked()
+        return None
+
+    def expect(self, device: Device, landing: Landing) -> None:
+        """A load's copy to the device is under way."""
+        with self._lock:
+            lane = self._lanes[device]
+            self._note_work_locked(lane)
+            lane.landings.append(landing)
+            lane.work.notify()
+
+    # -- the device's thread ------------------------------------------------------------------------------------
+
+    def await_work(self, lane: Lane, pause_s: float) -> bool:
+        """Wait for something to start, or ``pause_s`` if something may have been reached by then. False: the end."""
+        with self._lock:
+            while not lane.waiting:
+                if lane.flying or lane.landings:
+                    lane.work.wait(pause_s)
+                    return True
+                if self._closing:
+                    return False
+                lane.work.wait()
+            return True
+
+    def take(self, lane: Lane) -> tuple[Part | None, Verdict]:
+        """The next part to start, flying from here on. Those whose life has ended are dropped on the way."""
+        verdict = Verdict()
+        with self._lock:
+            while lane.waiting:
+                part = lane.waiting.popleft()
+                if part.submission.job.life.alive:
+                    part.flying = True
+                    lane.flying.append(part)
+                    return part, verdict
+                self._end_locked(part.submission, verdict, _cleaned_up(part.submission))
+                self._over_locked(part, verdict)
+            self._publish_locked()
+        return None, verdict
+
+    def oldest(self, lane: Lane) -> tuple[Part | None, Landing | None]:
+        """What is reached first, either way: nothing behind it can have been."""
+        with self._lock:
+            return (
+                lane.flying[0] if lane.flying else None,
+                lane.landings[0] if lane.landings else None,
+            )
+
+    def landed(self, lane: Lane) -> Verdict:
+        """The oldest part that flies has arrived."""
+        verdict = Verdict()
+        with self._lock:
+            self._note_progress_locked(lane)
+            self._over_locked(lane.flying.popleft(), verdict)
+            self._publish_locked()
+        return verdict
+
+    def upload_landed(self, lane: Lane) -> None:
+        """The oldest landing is done."""
+        with self._lock:
+            self._note_progress_locked(lane)
+            lane.landings.popleft()
+            self._publish_locked()
+
+    def failed(self, part: Part, error: BaseException) -> Verdict:
+        """The driver refused some of this part, which goes on flying."""
+        verdict = Verdict()
+        with self._lock:
+            self._end_locked(part.submission, verdict, error)
+            self._publish_locked()
+        return verdict
+
+    def lose(self, lane: Lane, error: BaseException) -> Verdict:
+        """The device is lost, and with it everything that it was asked for."""
+        verdict = Verdict()
+        with self._lock:
+            lane.status, lane.error = "lost", error
+            self._fail_lane_locked(lane, verdict, error)
+            self._publish_locked()
+        return verdict
+
+    # -- the watch ----------------------------------------------------------------------------------------------
+
+    def await_overdue(self) -> Verdict | None:
+        """Wait until a device has reached nothing for the timeout: it is stuck, and its saves have failed. ``None``: the end.
+
+        Wakes once a timeout while devices are busy, and not at all while they are not.
+        """
+        with self._lock:
+            while True:
+                lanes = [lane for lane in self._lanes.values() if lane.busy and lane.status == "ok"]
+                if self._closing and not lanes:
+                    return None
+                self._armed = bool(lanes)
+                left_s = min((lane.since_s + self._timeout_s for lane in lanes), default=0.0) - time.monotonic()
+                if lanes and left_s <= 0:
+                    verdict = Verdict()
+                    for lane in lanes:
+                        if lane.since_s + self._timeout_s <= time.monotonic():
+                            self._stick_locked(lane, verdict)
+                    self._publish_locked()
+                    return verdict
+                self._watch.wait(left_s if lanes else None)
+
+    # -- whoever waits ------------------------------------------------------------------------------------------
+
+    def fence(self, request_id: str | None) -> list[Submission]:
+        """What is not at rest now, of one request id in all of its lives, or of all."""
+        with self._lock:
+            return [
+                submission
+                for submission in self._outstanding
+                if request_id is None or submission.job.key.request_id == request_id
+            ]
+
+    def await_rest(self, submissions: Sequence[Submission], timeout_s: float | None) -> bool:
+        """Wait until no device reads or writes for any of these."""
+        with self._lock:
+            return self._rest.wait_for(lambda: not any(each.parts_left for each in submissions), timeout_s)
+
+    def drop_waiting(self, submissions: Iterable[Submission], error: BaseException) -> Verdict:
+        """Take back what was lent and has not flown; its save has failed."""
+        verdict = Verdict()
+        with self._lock:
+            for submission in submissions:
+                if submission.borrowed and any(part.waiting for part in submission.parts):
+                    self._end_locked(submission, verdict, error)
+                    self._drop_parts_locked(submission, verdict)
+            self._publish_locked()
+        return verdict
+
+    def await_ended(self, timeout_s: float) -> bool:
+        """Wait until each submission has its end, in time or not."""
+        with self._lock:
+            return self._rest.wait_for(lambda: all(each.ended for each in self._outstanding), timeout_s)
+
+    def close(self) -> None:
+        """Take nothing more; each thread ends when nothing of its device is under way."""
+        with self._lock:
+            self._closing = True
+            self._notify_all_locked()
+
+    def give_up(self, error: BaseException) -> Verdict:
+        """Close, and end what is left: what has not flown never will, and what has is leaked until it lands."""
+        verdict = Verdict()
+        with self._lock:
+            self._closing = True
+            for submission in list(self._outstanding):
+                self._end_locked(submission, verdict, error)
+                self._drop_parts_locked(submission, verdict)
+            self._notify_all_locked()
+            self._publish_locked()
+        return verdict
+
+    def threads(self) -> list[threading.Thread]:
+        """Of the lanes."""
+        with self._lock:
+            return [lane.thread for lane in self._lanes.values() if lane.thread is not None]
+
+    # -- under the lock -----------------------------------------------------------------------------------------
+
+    def _unfit_locked(self, devices: Iterable[Device]) -> Lane | None:
+        for device in devices:
+            lane = self._lanes.get(device)
+            if lane is not None and (self._closing or lane.status != "ok"):
+                return lane
+        return None
+
+    def _note_work_locked(self, lane: Lane) -> None:
+        if not lane.busy:
+            lane.since_s = time.monotonic()
+        if not self._armed:
+            self._watch.notify()
+
+    def _note_progress_locked(self, lane: Lane) -> None:
+        lane.since_s = time.monotonic()
+        if lane.status == "stuck":
+            lane.status, lane.error = "ok", None
+            self._watch.notify()
+
+    def _end_locked(self, submission: Submission, verdict: Verdict, error: BaseException | None) -> None:
+        """Take its end if nobody has: admit it without an error."""
+        if submission.ended:
+            return
+        submission.ended = True
+        if error is None:
+            verdict.admit.append(submission)
+        else:
+            verdict.abandon.append((submission, error))
+        self._rest.notify_all()
+
+    def _over_locked(self, part: Part, verdict: Verdict) -> None:
+        submission = part.submission
+        part.over, part.flying = True, False
+        verdict.over.append(part)
+        submission.parts_left -= 1
+        if submission.parts_left == 0:
+            self._end_locked(submission, verdict, None)
+            del self._outstanding[submission]
+            verdict.at_rest.append(submission)
+            self._rest.notify_all()
+
+    def _drop_parts_locked(self, submission: Submission, verdict: Verdict) -> None:
+        for part in submission.parts:
+            if part.waiting:
+                self._lanes[part.device].waiting.remove(part)
+                self._over_locked(part, verdict)
+
+    def _stick_locked(self, lane: Lane, verdict: Verdict) -> None:
+        lane.status = "stuck"
+        lane.error = TimeoutError(f"{lane.device.name} reached nothing for {self._timeout_s} s")
+        self._fail_lane_locked(lane, verdict, lane.error)
+
+    def _fail_lane_locked(self, lane: Lane, verdict: Verdict, error: BaseException) -> None:
+        for part in [*lane.flying, *lane.waiting]:
+            self._end_locked(part.submission, verdict, error)
+            self._drop_parts_locked(part.submission, verdict)
+
+    def _notify_all_locked(self) -> None:
+        self._watch.notify_all()
+        self._rest.notify_all()
+        for lane in self._lanes.values():
+            lane.work.notify_all()
+
+    def _publish_locked(self) -> None:
+        leaking = [submission for submission in self._outstanding if submission.leaks]
+        self.published = DeviceFacts(
+            sum(not submission.ended for submission in self._outstanding),
+            sum(len(submission.buffer.view) for submission in leaking)
+            + sum(part.nbytes for submission in leaking for part in submission.parts if part.flying),
+            self._pageable,
+            tuple(_health_of(lane) for lane in self._lanes.values()),
+        )
+
+
+def _health_of(lane: Lane) -> DeviceHealth:
+    leaked = sum(part.nbytes for part in lane.flying if part.submission.ended)
+    return DeviceHealth(lane.device.name, lane.status, str(lane.error) if lane.error else None, leaked)
+
+
+def _cleaned_up(submission: Submission) -> Exception:
+    return RuntimeError(f"{submission.job.key} was cleaned up before its copy began")
