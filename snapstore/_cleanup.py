@@ -144,16 +144,19 @@ class Sweeper:
         self._sweep(self._state.take_dirt())
 
     def _empty_trash(self) -> None:
-        for _ in range(len(self._trash)):
+        """Free the bytes of all that waits, and of what comes meanwhile; what will not go waits for the next round."""
+        stubborn: list[tuple[str, int]] = []
+        while self._trash:
             path, nbytes = self._trash[0]
             errors = remove_tree(self._files, path, between=self._sweep_what_came)[1]
             self._trash.popleft()
             if errors:
                 self._note_failure(errors[0])
                 self._state.not_freed(errors[0])
-                self._trash.append((path, nbytes))
+                stubborn.append((path, nbytes))
             else:
                 self._state.freed(nbytes)
+        self._trash.extend(stubborn)
 
     def _look_at_space(self) -> None:
         self._looked_s = time.monotonic()

@@ -22,12 +22,15 @@ from snapstore._memory import BufferPool
 from snapstore._options import StoreOptions
 from snapstore._records import Published
 from snapstore._session import Session
+from snapstore._staging import Staging
 from snapstore._state import State
 from snapstore._types import CleanupReport, ShutdownReport, SnapshotInfo, SnapshotKey
 from snapstore._writer import Writer
 
 _STARTS = 2
 """How often a thread that dies of a bug is started."""
+_DEVICE_SHARE = 0.5
+"""Of shutdown's deadline, what device copies may take before those that have not arrived are given up."""
 _SWEEPER_SHARE = 0.1
 """Of shutdown's deadline, what is kept back for removing files when the writer takes all it is given."""
 
@@ -42,6 +45,7 @@ class Engine:
         self.files = files
         self.state = State(options)
         self.pool = BufferPool(options.max_pending_bytes)
+        self.staging = Staging(self.state, self.pool, options)
         self._pid = os.getpid()
         self._ending = threading.Lock()
         self._report: Future[ShutdownReport] = Future()
@@ -110,6 +114,7 @@ class Engine:
         if self._ending.locked():
             return
         self.state.close("the store was dropped without shutdown")
+        self.staging.let_go()
         self._sweeper.end_so(Ending(remove_if_empty=True))
         self.state.end_sweeper(after_writer=True)
 
@@ -214,12 +219,17 @@ class Engine:
         steps: list[Callable[[], object]] = [
             lambda: self.refuse("the store is shut down"),
             lambda: clean(self.state, None, _left(deadline_s) * (1 - _SWEEPER_SHARE)) if cleanup else None,
+            lambda: self._end_copies(ending, deadline_s),
             lambda: self._end_writer(ending, deadline_s),
             lambda: self._end_sweeper(ending, deadline_s),
             self.pool.close,
+            lambda: ending.errors.extend(self.staging.close(_left(deadline_s))),
         ]
         ending.errors += filter(None, map(_guarded, steps))
         self._report.set_result(self._reported(ending))
+
+    def _end_copies(self, ending: _Shutdown, deadline_s: float) -> None:
+        ending.not_copied = self.staging.finish(_left(deadline_s) * _DEVICE_SHARE)
 
     def _end_writer(self, ending: _Shutdown, deadline_s: float) -> None:
         self._writer_thread.join(_left(deadline_s) * (1 - _SWEEPER_SHARE))
@@ -248,7 +258,7 @@ class Engine:
             committed=after.committed - before.committed,
             cancelled=after.cancelled - before.cancelled,
             failed=after.failed - before.failed,
-            abandoned=ending.abandoned,
+            abandoned=ending.not_copied + ending.abandoned,
             trash_left=self._sweeper.trash_left,
             writer_stopped=not self._writer_thread.is_alive(),
             session_removed=ending.of_sweeper.removed,
@@ -276,6 +286,7 @@ class _Shutdown:
         self.before = before
         self.of_sweeper = of_sweeper
         self.abandoned: tuple[SnapshotKey, ...] = ()
+        self.not_copied: tuple[SnapshotKey, ...] = ()
         self.errors: list[str] = []
 
 

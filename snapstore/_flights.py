@@ -268,7 +268,9 @@ class Flights:
                 if self._closing and not lanes:
                     return None
                 self._armed = bool(lanes)
-                left_s = min((lane.since_s + self._timeout_s for lane in lanes), default=0.0) - time.monotonic()
+                left_s = (
+                    min((lane.since_s + self._timeout_s for lane in lanes), default=0.0) - time.monotonic()
+                )
                 if lanes and left_s <= 0:
                     verdict = Verdict()
                     for lane in lanes:
@@ -328,10 +330,11 @@ class Flights:
             self._publish_locked()
         return verdict
 
-    def threads(self) -> list[threading.Thread]:
-        """Of the lanes."""
+    def ending_threads(self) -> list[threading.Thread]:
+        """Threads of devices that have nothing to wait for: after ``close`` they end."""
         with self._lock:
-            return [lane.thread for lane in self._lanes.values() if lane.thread is not None]
+            lanes = [lane for lane in self._lanes.values() if lane.status == "ok" and not lane.busy]
+            return [lane.thread for lane in lanes if lane.thread is not None]
 
     # -- under the lock -----------------------------------------------------------------------------------------
 

@@ -33,6 +33,8 @@ class StoreOptions:
             limit is admitted when nothing else is pending.
         max_session_bytes: most bytes on disk for this session, or ``None``.
         min_free_bytes: free space that saves must leave on the disk, or ``None``.
+        max_pinned_bytes: host memory that is locked for device copies, at the first tensor of a device; ``None``:
+            2 GiB, or a twentieth of the memory if that is less. 0: none, and copies are slower.
     """
 
     durability: Durability = "none"
@@ -50,6 +52,7 @@ class StoreOptions:
     max_pending_bytes: int = 512 * MiB
     max_session_bytes: int | None = None
     min_free_bytes: int | None = None
+    max_pinned_bytes: int | None = None
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -59,7 +62,7 @@ class StoreOptions:
                 seconds(value, option.name)
             elif option.name.startswith("max_pending"):
                 _count(value, option.name, at_least=1)
-            elif option.name in ("max_session_bytes", "min_free_bytes"):
+            elif option.name in ("max_session_bytes", "min_free_bytes", "max_pinned_bytes"):
                 if value is not None:
                     _count(value, option.name, at_least=0)
             elif hints[option.name] is bool:

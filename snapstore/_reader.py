@@ -34,9 +34,21 @@ def read_header(files: FileSystem, fd: int) -> Header:
     return decode_header(bytes(raw[:count]), file_size)
 
 
-def read_data(files: FileSystem, fd: int, header: Header, *, verify: bool) -> memoryview:
-    """The data part in fresh memory. ``SnapshotCorruptError`` if it is cut short or, with ``verify``, altered."""
-    buffer = allocate(header.layout.nbytes)
+def fresh_memory(header: Header) -> memoryview:
+    """Memory for the data part of this file that nobody else has."""
+    return allocate(header.layout.nbytes)
+
+
+def read_data(
+    files: FileSystem,
+    fd: int,
+    header: Header,
+    *,
+    verify: bool,
+    memory: Callable[[Header], memoryview] = fresh_memory,
+) -> memoryview:
+    """The data part, in ``memory``. ``SnapshotCorruptError`` if it is cut short or, with ``verify``, altered."""
+    buffer = memory(header)
     count = read_exactly(files, fd, buffer, header.data_offset)
     if count < header.layout.nbytes:
         raise SnapshotCorruptError(f"the file ends after {count} of {header.layout.nbytes} bytes of tensors")
@@ -69,7 +81,13 @@ def check_data(
 
 
 def read_snapshot(
-    files: FileSystem, path: str, key: SnapshotKey, generation: int, *, verify: bool
+    files: FileSystem,
+    path: str,
+    key: SnapshotKey,
+    generation: int,
+    *,
+    verify: bool,
+    memory: Callable[[Header], memoryview] = fresh_memory,
 ) -> tuple[Header, Facts, memoryview]:
     """Header, facts and data of a file that must be exactly this snapshot. Blocks for the disk.
 
@@ -79,7 +97,7 @@ def read_snapshot(
         with opened(files, files.open_read(path)) as fd:
             header = read_header(files, fd)
             facts = _check_identity(header, key, generation)
-            return header, facts, read_data(files, fd, header, verify=verify)
+            return header, facts, read_data(files, fd, header, verify=verify, memory=memory)
     except SnapshotCorruptError as error:
         raise SnapshotCorruptError(
             f"{path} is not the snapshot of {key} that was written: {error}; save it again",

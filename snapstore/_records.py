@@ -54,7 +54,10 @@ class Content:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One accepted save. ``sequence`` is the order of acceptance; ``holds`` counts those who read its memory."""
+    """One accepted save. ``sequence`` is the order of acceptance; ``holds`` counts those who read its memory.
+
+    ``on_its_way``: devices' threads bring it to the host; they say when its sources are released.
+    """
 
     life: Life
     ticket: SaveTicket
@@ -63,6 +66,7 @@ class Job:
     image: HostImage | None = None
     holds: int = 1
     content: Content | None = None
+    on_its_way: bool = False
 
     @property
     def key(self) -> SnapshotKey:

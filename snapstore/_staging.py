@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,22 @@ def _giver(pool: BufferPool, buffer: memoryview) -> Callable[[], None]:
     return lambda: pool.give_back(buffer)
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The tensors of one save, some of them on devices (``None``: in host memory); ``sources`` as the adapter made them."""
+
+    adapter: Adapter
+    tensors: Sequence[Any]
+    sources: Sequence[Any]
+    layout: Layout
+    devices: Sequence[Device | None]
+    borrow: bool
+
+    @property
+    def distinct_devices(self) -> list[Device]:
+        return [device for device in dict.fromkeys(self.devices) if device is not None]
+
+
 class Staging:
     """The device copies of one store, and the threads that make them: none before the first device tensor.
 
@@ -79,38 +96,26 @@ class Staging:
 
     # -- the thread that saves or loads -------------------------------------------------------------------------
 
-    def check(self, key: SnapshotKey, devices: Iterable[Device | None]) -> None:
+    def check(self, key: SnapshotKey, placed: Placed) -> None:
         """Before anything is reserved: ``StreamCaptureError``, or ``SaveFailedError`` for a device that is stuck or lost."""
-        used = _distinct(devices)
-        for device in used:
-            device.check_stream()
-        unfit = self._flights.unfit(used)
+        unfit = self._flights.unfit(placed.distinct_devices)
         if unfit is not None:
             raise _refusal(key, unfit)
+        for device in placed.distinct_devices:
+            device.check_stream()
 
-    def submit(
-        self,
-        job: Job,
-        adapter: Adapter,
-        tensors: Sequence[Any],
-        sources: Sequence[Any],
-        layout: Layout,
-        devices: Sequence[Device | None],
-        *,
-        borrow: bool,
-    ) -> None:
+    def submit(self, job: Job, placed: Placed) -> None:
         """Hand the copy over to the devices' threads, who settle the job; or abandon it, and raise.
 
         Blocks for the copy of what is in host memory, for nothing else.
         """
-        buffer = self._take_buffer(layout.nbytes)
-        submission = Submission(job, layout, buffer, borrow)
+        buffer = self._take_buffer(placed.layout.nbytes)
+        submission = Submission(job, placed.layout, buffer, placed.borrow)
         try:
-            _copy_host_tensors(adapter, sources, layout, devices, buffer.view)
-            for device in _distinct(devices):
+            _copy_host_tensors(placed, buffer.view)
+            for device in placed.distinct_devices:
                 self._open_lane(device)
-                indices = [index for index in layout.file_order if devices[index] is device]
-                submission.parts.append(_part(submission, device, indices, tensors))
+                submission.parts.append(_part(submission, device, placed))
             self._state.on_its_way(job)
             unfit = self._flights.submit(submission)
             if unfit is not None:
@@ -198,7 +203,9 @@ class Staging:
         except DeviceLostError:
             raise
         except RuntimeError as error:
-            _log.warning("%s refused the copy of %s", lane.device.name, part.submission.job.key, exc_info=error)
+            _log.warning(
+                "%s refused the copy of %s", lane.device.name, part.submission.job.key, exc_info=error
+            )
             self._act(self._flights.failed(part, error.with_traceback(None)))
             part.mark = channel.mark()
         return True
@@ -219,9 +226,8 @@ class Staging:
 
     def _watch(self) -> None:
         while (verdict := self._flights.await_overdue()) is not None:
-            for device in self.facts.devices:
-                if device.status == "stuck":
-                    _log.error("%s is stuck: %s", device.name, device.error)
+            for why in dict.fromkeys(str(error) for _, error in verdict.abandon):
+                _log.error("a device is stuck: %s", why)
             self._act(verdict)
             del verdict
 
@@ -264,7 +270,9 @@ class Staging:
         deadline_s = time.monotonic() + timeout_s
         self._state.await_staged(timeout_s)
         self._flights.await_ended(max(0.0, deadline_s - time.monotonic()))
-        verdict = self._flights.give_up(TimeoutError("the store was shut down before the device had copied it"))
+        verdict = self._flights.give_up(
+            TimeoutError("the store was shut down before the device had copied it")
+        )
         self._act(verdict)
         return tuple(submission.job.key for submission, _ in verdict.abandon)
 
@@ -276,10 +284,9 @@ class Staging:
     def close(self, timeout_s: float) -> list[str]:
         """Join the threads and unlock memory within this time; what could not be, in words."""
         deadline_s = time.monotonic() + timeout_s
-        threads = [*self._flights.threads(), *filter(None, [self._watch_thread])]
-        leaking = self.facts.leaked_bytes
+        threads = self._flights.ending_threads()
         for thread in threads:
-            thread.join(0.0 if leaking else max(0.0, deadline_s - time.monotonic()))
+            thread.join(max(0.0, deadline_s - time.monotonic()))
         unlocked = self.pinned.close(max(0.0, deadline_s - time.monotonic()))
         errors = [
             f"{device.name} is {device.status} ({device.error})"
@@ -288,37 +295,28 @@ class Staging:
         ]
         if self.facts.leaked_bytes:
             errors.append(f"{self.facts.leaked_bytes} bytes that a device may still touch are kept")
-        elif any(thread.is_alive() for thread in threads):
-            errors.append("a device's thread is stuck in its driver")
+        errors += [f"{thread.name} does not end" for thread in threads if thread.is_alive()]
         if not unlocked:
             errors.append(f"{self.pinned.pinned_bytes} bytes of host memory stay locked")
         return errors
 
 
-def _distinct(devices: Iterable[Device | None]) -> list[Device]:
-    return [device for device in dict.fromkeys(devices) if device is not None]
-
-
-def _part(submission: Submission, device: Device, indices: Sequence[int], tensors: Sequence[Any]) -> Part:
-    chosen = [tensors[index] for index in indices]
-    blocks = device.lend(chosen) if submission.borrowed else device.pack(chosen)
+def _part(submission: Submission, device: Device, placed: Placed) -> Part:
+    layout = placed.layout
+    indices = [index for index in layout.file_order if placed.devices[index] is device]
+    tensors = [placed.tensors[index] for index in indices]
+    blocks = device.lend(tensors) if placed.borrow else device.pack(tensors)
     part = Part(submission, device, indices, blocks, device.mark())
-    assert part.nbytes == sum(submission.layout.sizes[index] for index in indices)
+    assert part.nbytes == sum(layout.sizes[index] for index in indices)
     return part
 
 
-def _copy_host_tensors(
-    adapter: Adapter,
-    sources: Sequence[Any],
-    layout: Layout,
-    devices: Sequence[Device | None],
-    target: memoryview,
-) -> None:
-    near = [index for index, device in enumerate(devices) if device is None]
+def _copy_host_tensors(placed: Placed, target: memoryview) -> None:
+    near = [index for index, device in enumerate(placed.devices) if device is None]
     if near:
-        views, _keeps = adapter.view([sources[index] for index in near])
+        views, _keeps = placed.adapter.view([placed.sources[index] for index in near])
         for index, view in zip(near, views, strict=True):
-            offset = layout.offsets[index]
+            offset = placed.layout.offsets[index]
             copy_bytes(view, target[offset : offset + len(view)])
 
 

@@ -15,7 +15,8 @@
 
 A *life* is one generation of a request id, from its first save to the cleanup that ends it.
 
- 1. A job is settled exactly once, by its owner: caller or device thread in STAGING, drainer in QUEUED, writer in WRITING.
+ 1. A job is settled exactly once, by its owner: in STAGING the caller, or once it is on its way from a device whoever
+    takes the end of that (``_flights``); drainer in QUEUED, writer in WRITING.
  2. WRITING implies that the writer holds `life.busy`, the writer-busy lock of that generation. A detach holds it while
     it renames a file out. It is a flag under the state lock with conditions to wait on: one lock, no order to keep.
     It belongs to a generation, not to the store, so that nobody ever waits for another request's write.
@@ -25,6 +26,7 @@ A *life* is one generation of a request id, from its first save to the cleanup t
     the key goes, and whoever takes it there hands the dead life to the sweeper.
  6. `pending_bytes` = bytes in STAGING + QUEUED + WRITING, within the limit unless one job is alone. Charged before the copy.
  7. A key is readable from `admit` until its life ends; entries leave by identity (`pending[key] is job`), never by key.
+    A job that is on its way from a device is listed from `on_its_way`, and a reader waits for it.
     The later accepted save of a key wins, whatever order they are admitted in.
  8. QUEUED jobs hold host memory only. A job's memory goes back when it is settled and nobody reads from it.
  9. A dead life goes to the sweeper when nobody holds it: at its end, or when its holder lets go. After `swept`, no file
@@ -134,6 +136,11 @@ class State:
             self._publish_locked()
         self._announce(settled)
         return admitted
+
+    def on_its_way(self, job: Job) -> None:
+        """Its copy is in devices' hands: ``find`` waits for it from here on, ``has`` and ``boundaries`` list it."""
+        with self._lock:
+            job.on_its_way = True
 
     def abandon(self, job: Job, error: BaseException) -> None:
         """``STAGING -> FAILED``: the copy to host memory did not work."""
@@ -263,9 +270,16 @@ class State:
 
     # -- read ---------------------------------------------------------------------------------------------------
 
-    def find(self, key: SnapshotKey) -> Job | Commit:
-        """Where the snapshot is: a pending job, whose memory is held until ``let_go_memory``, or a commit."""
+    def find(self, key: SnapshotKey, wait_s: float = 0.0) -> Job | Commit:
+        """Where the snapshot is: a pending job, whose memory is held until ``let_go_memory``, or a commit.
+
+        Waits at most ``wait_s`` for a later save of the key that is on its way from a device, then ``TimeoutError``.
+        """
         with self._lock:
+            if not self._rest.wait_for(lambda: not self._is_coming_locked(key), wait_s):
+                raise TimeoutError(
+                    f"{key} is still on its way from its device after {wait_s} s; try again later"
+                )
             life = self._lives.get(key.request_id)
             job = life.pending.get(key.token_count) if life else None
             if job is not None:
@@ -292,12 +306,19 @@ class State:
     def boundaries(self, request_id: str) -> tuple[int, ...]:
         with self._lock:
             life = self._lives.get(request_id)
-            return tuple(sorted({*life.pending, *life.committed})) if life else ()
+            if life is None:
+                return ()
+            coming = (job.key.token_count for job in life.staging if job.on_its_way)
+            return tuple(sorted({*life.pending, *life.committed, *coming}))
 
     def has(self, key: SnapshotKey) -> bool:
         with self._lock:
             life = self._lives.get(key.request_id)
-            return life is not None and (key.token_count in life.pending or key.token_count in life.committed)
+            return life is not None and (
+                key.token_count in life.pending
+                or key.token_count in life.committed
+                or self._is_coming_locked(key)
+            )
 
     def tickets(self, request_id: str | None = None) -> list[SaveTicket]:
         """Tickets of what is in flight now, oldest first.
@@ -317,6 +338,8 @@ class State:
             while True:
                 life = self._lives.get(key.request_id)
                 if life is None or key.token_count in life.pending or key.token_count not in life.committed:
+                    return None
+                if self._is_coming_locked(key):
                     return None
                 if not life.busy:
                     break
@@ -502,10 +525,17 @@ class State:
         return life
 
     def _note_staged_locked(self) -> None:
-        """A job has left STAGING: there may be one to claim, and somebody may wait for the last of them."""
+        """A job has left STAGING: there may be one to claim, and somebody may wait for it or for the last of them."""
         self._work.notify()
-        if not self._staging:
-            self._rest.notify_all()
+        self._rest.notify_all()
+
+    def _is_coming_locked(self, key: SnapshotKey) -> bool:
+        """A save of the key later than what is readable is on its way from a device."""
+        life = self._lives.get(key.request_id)
+        if life is None or not life.staging:
+            return False
+        newest = life.newest.get(key.token_count, 0)
+        return any(job.on_its_way and job.key == key and job.sequence > newest for job in life.staging)
 
     def _forget_if_empty_locked(self, life: Life) -> None:
         """A life with nothing in it ends: its first save was rejected or abandoned, its last snapshot detached."""
@@ -749,7 +779,8 @@ def _give_memory_back(job: Job) -> None:
     image, job.image = job.image, None
     if image is not None:
         image.release()
-    job.ticket._release()
+    if not job.on_its_way:
+        job.ticket._release()
 
 
 def _over_quota(

@@ -19,11 +19,10 @@ from snapstore._engine import Engine
 from snapstore._errors import ShutdownTimeoutError, SnapshotCorruptError
 from snapstore._files import FileSystem
 from snapstore._format import Layout, decode_metadata, encode_metadata
-from snapstore._memory import allocate, copy_bytes, segments_of
+from snapstore._loading import Loader
 from snapstore._options import StoreOptions, seconds
-from snapstore._reader import read_snapshot
 from snapstore._records import Commit, Content, Job
-from snapstore._staging import stage
+from snapstore._staging import Placed, stage
 from snapstore._ticket import SaveTicket
 from snapstore._types import (
     CleanupReport,
@@ -35,7 +34,7 @@ from snapstore._types import (
     StoreHealth,
     StoreStats,
 )
-from snapstore.adapters import adapter_for, adapter_named
+from snapstore.adapters import adapter_for, adapter_named, devices_of
 
 _TOKEN_COUNT_MAX = 2**63 - 1
 _EXIT_JOIN_S = 0.5
@@ -101,8 +100,11 @@ class SnapshotStore:
         """Take a snapshot. When it returns, the caller may overwrite or free the tensors.
 
         Blocks for one copy of the bytes to host memory (none for MLX, none with ``borrow``), and for room at most
-        ``save_timeout_s``; never for a disk. Saving a key again replaces it. CUDA and MPS tensors are copied to the
-        host before it returns.
+        ``save_timeout_s``; never for a disk. Saving a key again replaces it.
+
+        CUDA tensors are packed by the caller's current stream and brought to the host by a background thread: nothing
+        is waited for but room, and the tensors may be overwritten or freed in the order of that stream. Of a stream
+        that is capturing a graph nothing can be saved. MPS tensors are copied to the host before it returns.
 
         Args:
             request_id: any text that UTF-8 can encode.
@@ -115,6 +117,7 @@ class SnapshotStore:
             UnsupportedTensorError, TypeError, ValueError: bad arguments; nothing was reserved.
             StoreFullError: no room in time. DiskQuotaError: a disk limit. StoreClosedError: shut down.
             SaveCancelledError: the request was cleaned up while this call waited for room.
+            SaveFailedError: the tensors' device is stuck or lost, as ``health`` says. RuntimeError: it is capturing.
         """
         self._engine.check_process()
         key = _checked_key(request_id, token_count)
@@ -122,6 +125,10 @@ class SnapshotStore:
         specs, sources = adapter.describe(tensors)
         content = Content(adapter.framework, encode_metadata(metadata))
         layout = Layout.of(specs)
+        devices = devices_of(adapter.framework, tensors)
+        if devices is not None:
+            placed = Placed(adapter, tuple(tensors.values()), sources, layout, devices, borrow)
+            return self._save_from_devices(key, content, placed)
         job = self._state.reserve(key, layout.nbytes, content)
         try:
             image = stage(adapter, sources, layout, self._engine.pool, borrow=borrow)
@@ -134,6 +141,14 @@ class SnapshotStore:
         self._state.admit(job, image)
         return ticket
 
+    def _save_from_devices(self, key: SnapshotKey, content: Content, placed: Placed) -> SaveTicket:
+        self._engine.staging.check(key, placed)
+        job = self._state.reserve(key, placed.layout.nbytes, content)
+        self._engine.staging.submit(job, placed)
+        if not placed.borrow:
+            job.ticket._release()
+        return job.ticket
+
     def load(
         self,
         request_id: str,
@@ -144,7 +159,9 @@ class SnapshotStore:
     ) -> Snapshot:
         """The snapshot in memory of the caller's own: from memory while it is pending, from its file after.
 
-        Blocks for one copy, or for one read and one checksum of the file.
+        Blocks for one copy, or for one read and one checksum of the file; before that, for a snapshot that is still on
+        its way from a device at most ``device_timeout_s``, then ``TimeoutError``. To a CUDA device it is copied by a
+        stream of its own, for which the caller's current stream waits, and not the host.
 
         Args:
             framework: ``"numpy"``, ``"torch"`` or ``"mlx"``; the one it was saved with by default.
@@ -157,15 +174,19 @@ class SnapshotStore:
         """
         self._engine.check_process()
         key = _checked_key(request_id, token_count)
-        adapter = adapter_named(framework) if framework is not None else None
+        if framework is not None:
+            adapter_named(framework)
+        loader = Loader(self._engine.staging, framework, device)
         missing: Commit | None = None
         while True:
-            found = self._state.find(key)
+            found = self._state.find(key, self._options.device_timeout_s)
             if isinstance(found, Job):
-                layout, content, buffer = self._copy_pending(found)
+                tensors, metadata_json = loader.from_memory(self._state, found)
                 break
             try:
-                layout, content, buffer = self._read_commit(found)
+                tensors, metadata_json = loader.from_file(
+                    self._engine.files, found, verify=self._options.verify_on_load
+                )
                 break
             except FileNotFoundError as error:
                 if found is missing:
@@ -177,33 +198,8 @@ class SnapshotStore:
                 missing = (
                     found  # a cleanup or a later save may have come between the look and the open: look again
                 )
-        adapter = adapter or adapter_named(content.framework)
-        tensors = adapter.from_host(layout, buffer, device)
         source: Source = "memory" if isinstance(found, Job) else "disk"
-        return Snapshot(key, tensors, decode_metadata(content.metadata_json), source)
-
-    def _copy_pending(self, job: Job) -> tuple[Layout, Content, memoryview]:
-        try:
-            assert job.image is not None and job.content is not None
-            layout = job.image.layout
-            buffer = allocate(layout.nbytes)
-            for source, target in zip(job.image.segments, segments_of(layout, buffer), strict=True):
-                copy_bytes(source, target)
-            return layout, job.content, buffer
-        finally:
-            self._state.let_go_memory(job)
-
-    def _read_commit(self, commit: Commit) -> tuple[Layout, Content, memoryview]:
-        info = commit.info
-        header, facts, buffer = read_snapshot(
-            self._engine.files,
-            str(info.path),
-            info.key,
-            info.generation,
-            verify=self._options.verify_on_load,
-        )
-        framework: Any = facts.framework
-        return header.layout, Content(framework, facts.metadata_json), buffer
+        return Snapshot(key, tensors, decode_metadata(metadata_json), source)
 
     # -- look ---------------------------------------------------------------------------------------------------
 
@@ -226,11 +222,15 @@ class SnapshotStore:
 
     def stats(self) -> StoreStats:
         """Counters and sizes of one moment. Takes no lock: never blocks, nor is ever torn."""
-        now = self._state.published
+        now, facts = self._state.published, self._engine.staging.facts
         oldest_s = 0.0 if now.oldest_since_s is None else time.monotonic() - now.oldest_since_s
         return StoreStats(
             **{name: value for name, value in now._asdict().items() if name in StoreStats.__slots__},
             oldest_pending_s=oldest_s,
+            on_devices=facts.on_their_way,
+            leaked_bytes=facts.leaked_bytes,
+            pageable_copies=facts.pageable_copies,
+            pinned_bytes=self._engine.staging.pinned.pinned_bytes,
         )
 
     def health(self) -> StoreHealth:
@@ -248,11 +248,23 @@ class SnapshotStore:
             if taken_s > self._options.stuck_after_s:
                 status = "stuck"
                 reasons.append(f"one {name} has taken {taken_s:.1f} s so far")
+        devices = engine.staging.facts.devices
+        for device in devices:
+            if device.status != "ok":
+                status = "stuck" if "stuck" in (status, device.status) else "degraded"
+                reasons.append(f"{device.name} is {device.status}: {device.error}")
         if now.closing or not engine.writer_alive or not engine.belongs_here:
             status = "dead"
             reasons.append(now.closing or "the writer thread is gone")
         return StoreHealth(
-            status, tuple(reasons), writing_s, oldest_s, now.last_error, now.free_bytes, now.writer_restarts
+            status,
+            tuple(reasons),
+            writing_s,
+            oldest_s,
+            now.last_error,
+            now.free_bytes,
+            now.writer_restarts,
+            devices,
         )
 
     # -- wait ---------------------------------------------------------------------------------------------------
@@ -263,10 +275,26 @@ class SnapshotStore:
         return _all_in_time(self._state.tickets(), timeout_s, lambda ticket, left_s: _ended(ticket, left_s))
 
     def drain_request(self, request_id: str, *, timeout_s: float) -> bool:
-        """Wait until no tensor lent or given by this request is read any more; False if not within ``timeout_s``."""
+        """Wait until no tensor lent or given by this request is read any more; False if not within ``timeout_s``.
+
+        That is more than ``ticket.released`` for device tensors, which holds in the order of the caller's stream: here
+        nothing in any stream reads them. What was lent, and what the device has not been asked for by then, is taken
+        back: that save fails.
+        """
         self._engine.check_process()
-        tickets = self._state.tickets(_checked_request_id(request_id))
-        return _all_in_time(tickets, timeout_s, lambda ticket, left_s: ticket.wait_released(left_s))
+        return self._drain(_checked_request_id(request_id), seconds(timeout_s, "timeout_s"))
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """``drain_request`` for every request."""
+        self._engine.check_process()
+        return self._drain(None, None if timeout_s is None else seconds(timeout_s, "timeout_s"))
+
+    def _drain(self, request_id: str | None, timeout_s: float | None) -> bool:
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        tickets = self._state.tickets(request_id)
+        _all_in_time(tickets, timeout_s, lambda ticket, left_s: ticket.wait_released(left_s))
+        left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+        return self._engine.staging.drain(request_id, left_s) and all(each.released for each in tickets)
 
     def detach(
         self,
@@ -299,7 +327,7 @@ class SnapshotStore:
         return path
 
     def _await_commit(self, key: SnapshotKey, deadline_s: float) -> None:
-        found = self._state.find(key)
+        found = self._state.find(key, max(0.0, deadline_s - time.monotonic()))
         if isinstance(found, Job):
             self._state.let_go_memory(found)
             found.ticket.exception(max(0.0, deadline_s - time.monotonic()))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 Framework = Literal["numpy", "torch", "mlx"]
 Source = Literal["memory", "disk"]
 HealthStatus = Literal["ok", "degraded", "stuck", "dead"]
+DeviceStatus = Literal["ok", "stuck", "lost"]
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
 
@@ -119,7 +120,9 @@ class ShutdownReport:
 class StoreStats:
     """One moment of a store. ``accepted == committed + cancelled + failed + pending``, in jobs and in bytes.
 
-    Bytes are tensor bytes, but ``session_bytes`` and ``trash_bytes``, which are blocks on disk.
+    Bytes are tensor bytes, but ``session_bytes`` and ``trash_bytes``, which are blocks on disk. The last four are of one
+    moment of the devices: saves that wait for a device's copy, memory kept for a device that may still touch it, copies
+    that went through memory that was not pinned, and host memory that is.
     """
 
     accepted: int
@@ -142,14 +145,32 @@ class StoreStats:
     cleanup_timeouts: int
     writer_restarts: int
     oldest_pending_s: float
+    on_devices: int = 0
+    leaked_bytes: int = 0
+    pageable_copies: int = 0
+    pinned_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceHealth:
+    """How a device's copies are. ``stuck``: none came for ``device_timeout_s``, until one does; ``lost``: none ever will.
+
+    Saves of a device that is not ``ok`` fail at once. ``leaked_bytes`` of it are kept, since it may still touch them.
+    """
+
+    name: str
+    status: DeviceStatus
+    error: str | None
+    leaked_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class StoreHealth:
     """How the store is, without asking the disk or the device.
 
-    ``ok``; ``degraded``: the last write failed, saves are still taken; ``stuck``: one write has been in the
-    writer's hand for more than ``stuck_after_s``; ``dead``: shut down, or the writer thread is gone for good.
+    ``ok``; ``degraded``: the last write failed, or a device is lost, saves are still taken; ``stuck``: one write has been
+    in the writer's hand for more than ``stuck_after_s``, or a device reached nothing for ``device_timeout_s``; ``dead``:
+    shut down, or the writer thread is gone for good.
     """
 
     status: HealthStatus
@@ -159,3 +180,4 @@ class StoreHealth:
     last_error: str | None = None
     free_bytes: int | None = None
     writer_restarts: int = 0
+    devices: tuple[DeviceHealth, ...] = ()

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
+from processes import Processes
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 ENDING_S = 2.0
@@ -46,6 +47,21 @@ def pytest_runtest_teardown() -> None:
 def root(tmp_path: Path) -> Path:
     """Where the test's stores live; not there yet."""
     return tmp_path / "root"
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[Processes]:
+    """Started once, for the tests that need processes."""
+    server = Processes()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def processes(fork_server: Processes) -> Iterator[Processes]:
+    """``processes.start("function of tests/scenarios.py", ...)``; whatever still runs at the end is killed."""
+    yield fork_server
+    fork_server.end_children()
 
 
 @pytest.fixture

@@ -98,8 +98,12 @@ DISK_METHODS = words(
 )
 """Methods of ``pathlib.Path`` that reach a disk, as far as their names tell."""
 
-MAY_TOUCH = {"_owner": {"os.close", ".read_text"}, "_pinned": {".read_text"}}
-"""Exceptions, call by call: a forked child drops its copy of the lock; ``/proc`` and ``/sys`` are no disks."""
+MAY_TOUCH = {
+    "_owner": {"os.close", ".read_text"},
+    "_pinned": {".read_text"},
+    "signals": {"os.close", "os.read", "os.write"},
+}
+"""Exceptions, call by call: a forked child drops its copy of the lock; ``/proc`` and ``/sys`` are no disks, nor is a pipe."""
 
 NAMES_ON_DISK = {
     value

@@ -1575,10 +1575,15 @@ def test_the_writer_is_woken_to_end(hands: Hands, script: Script, end: str) -> N
 def test_shutdown_can_wait_for_what_is_on_its_way_to_host_memory(hands: Hands, script: Script) -> None:
     assert hands.state.await_staged(0)
     first, second = hands.reserve("a"), hands.reserve("b")
-    script.meanwhile(lambda: hands.clean("a"), lambda: hands.admit(first), lambda: hands.admit(second))
     assert not hands.state.await_staged(0)
-    assert not script.steps.clear() and script.waits == 1
-    script.meanwhile(lambda: (hands.admit(first), hands.state.abandon(second, ValueError("copy"))))
+    script.meanwhile(
+        lambda: (hands.admit(first), hands.clean("c")),
+        lambda: hands.state.abandon(second, ValueError("copy")),
+    )
+    assert hands.state.await_staged(2.0) and script.waits == 2
+    staged, started_s = hands.reserve("a"), script.now_s
+    assert not hands.state.await_staged(2.0) and script.now_s == started_s + 2.0
+    script.meanwhile(lambda: hands.admit(staged))
     assert hands.state.await_staged(2.0)
 
 

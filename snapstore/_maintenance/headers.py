@@ -23,7 +23,7 @@ _AT_ONCE = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """What a tensor holds. ``least`` and ``greatest`` are ``None`` for complex numbers, and where there is no number."""
+    """What a tensor holds; ``least`` and ``greatest`` are ``None`` for complex numbers, and without any number."""
 
     least: float | int | bool | None
     greatest: float | int | bool | None

@@ -74,12 +74,12 @@ def session_rows(sessions: Iterable[Session], now_s: float) -> Iterator[SessionR
 
 
 def request_rows(sessions: Iterable[Session], now_s: float) -> Iterator[RequestRow]:
-    """A row for each generation of each request."""
+    """A row for each generation of each request, the oldest first."""
     for session in sessions:
         by_generation: dict[Generation, list[SnapshotFile]] = {}
         for snapshot in session.snapshots:
             by_generation.setdefault(snapshot.of, []).append(snapshot)
-        for generation, snapshots in by_generation.items():
+        for generation, snapshots in sorted(by_generation.items(), key=lambda item: item[0].number):
             yield RequestRow(
                 request=generation.request_id,
                 request_hash=generation.request_hash,
@@ -94,9 +94,9 @@ def request_rows(sessions: Iterable[Session], now_s: float) -> Iterator[RequestR
 
 
 def snapshot_rows(sessions: Iterable[Session], now_s: float) -> Iterator[SnapshotRow]:
-    """A row a snapshot, a request's in ascending order of tokens."""
+    """A row a snapshot, by age of its request, and within it by tokens."""
     for session in sessions:
-        for each in sorted(session.snapshots, key=lambda each: (each.of.name, each.token_count)):
+        for each in sorted(session.snapshots, key=lambda each: (each.of.number, each.token_count)):
             yield SnapshotRow(
                 request=each.of.request_id,
                 request_hash=each.of.request_hash,

@@ -27,6 +27,9 @@ Kind = Literal[
 ]
 _Seen = TypeVar("_Seen")
 
+WRONG: tuple[Kind, ...] = ("corrupt", "newer", "foreign", "unreadable", "linked")
+"""Findings that make ``verify`` fail. The others are what an honest crash leaves, or a store at work."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:

@@ -62,13 +62,13 @@ def parse_duration(text: str) -> int:
 
 
 def format_size(nbytes: int) -> str:
-    """At most four digits and a unit: ``0 B``, ``1023 B``, ``3.2 GiB``, ``128 MiB``."""
+    """At most four digits and a unit: ``0 B``, ``1023 B``, ``3.2 GiB``, ``64 MiB``."""
     if nbytes < 1024:
         return f"{nbytes} B"
     for letter, unit in _BINARY.items():
         shown = f"{nbytes / unit:.1f}" if nbytes < 99.95 * unit else f"{nbytes / unit:.0f}"
         if float(shown) < 1024 or letter == "E":
-            return f"{shown} {letter}iB"
+            return f"{shown.removesuffix('.0')} {letter}iB"
     raise AssertionError("E is the last letter")
 
 

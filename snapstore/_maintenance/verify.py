@@ -17,8 +17,8 @@ from snapstore._files import FileSystem, disk_bytes, opened
 from snapstore._format import Header, NewerFormatError
 from snapstore._maintenance.root import Root
 from snapstore._maintenance.survey import (
+    WRONG,
     Finding,
-    Kind,
     Loose,
     Session,
     SnapshotFile,
@@ -33,9 +33,6 @@ from snapstore._reader import check_data, read_header
 _BUFFER_BYTES = 8 * 1024 * 1024
 _SPARSE_BYTES = 2**30
 """From so many bytes that were never written on, a file is not read: zeros without end are no snapshot."""
-
-WRONG: tuple[Kind, ...] = ("corrupt", "newer", "foreign", "unreadable", "linked")
-"""Findings that make ``verify`` fail. The others are what an honest crash leaves, or a store at work."""
 
 
 @dataclass(frozen=True, slots=True)

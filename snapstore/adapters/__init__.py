@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
+from snapstore._device import LABEL, Device
 from snapstore._errors import UnsupportedTensorError
 from snapstore._format import Layout, TensorSpec
 from snapstore._memory import copy_bytes
@@ -69,6 +70,27 @@ def adapter_named(framework: str) -> Adapter:
         )
     module = importlib.import_module(f"snapstore.adapters._{framework}")
     return cast(Adapter, module.ADAPTER)
+
+
+def devices_of(framework: Framework, tensors: Mapping[str, Any]) -> Sequence[Device | None] | None:
+    """The device of each tensor whose bytes are not the host's to read; ``None``: there is none. Calls no device."""
+    if any(hasattr(kind, LABEL) for kind in set(map(type, tensors.values()))):
+        devices: list[Device | None] = [getattr(tensor, LABEL, None) for tensor in tensors.values()]
+        return devices if any(device is not None for device in devices) else None
+    if framework != "torch":
+        return None
+    cuda = importlib.import_module("snapstore.adapters._torch_cuda")
+    return cast("Sequence[Device | None] | None", cuda.devices_of(tensors))
+
+
+def device_named(framework: Framework, device: Any) -> Device | None:
+    """What ``load`` is to put tensors on, if that has a thread for copies; the adapter knows the others."""
+    if hasattr(type(device), LABEL):
+        return cast(Device, device)
+    if framework != "torch" or device is None:
+        return None
+    cuda = importlib.import_module("snapstore.adapters._torch_cuda")
+    return cast("Device | None", cuda.device_named(device))
 
 
 def place(source: memoryview, buffer: memoryview, offset: int) -> None:

@@ -15,13 +15,13 @@ from snapstore._format import ITEM_BYTES, Layout, TensorSpec
 from snapstore._types import Framework
 from snapstore.adapters import place, unsupported
 
-DTYPES = {
+_DTYPES = {
     "BOOL": mx.bool_,
     "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
     "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64,
     "F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32, "F64": mx.float64, "C64": mx.complex64,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _WORDS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 """Formats of unsigned integers, by their bytes: what an array is made of before it gets its dtype."""
@@ -96,7 +96,7 @@ def _is_gpu(device: Any) -> bool:
 
 
 def _array_of(spec: TensorSpec, source: memoryview, *, on_gpu: bool) -> mx.array:
-    dtype = DTYPES.get(spec.dtype)
+    dtype = _DTYPES.get(spec.dtype)
     if dtype is None or (on_gpu and dtype == mx.float64):
         where = " on the GPU" if dtype is not None else ""
         why = f"mlx has no {spec.dtype}{where}; load with framework='torch', or with device='cpu'"

@@ -30,7 +30,7 @@ else:
 
 _Array = npt.NDArray[Any]
 
-DTYPES: dict[str, np.dtype[Any]] = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(scalar)
     for name, scalar in {
         "BOOL": np.bool_,
@@ -40,12 +40,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
         **_ML_DTYPES,
     }.items()
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _HELD_ITEMS = 500
 """``np.copyto`` lets the GIL go above this number of items. (numpy 1.x and 2.x, NPY_BEGIN_THREADS_THRESHOLDED)"""
 _HELD_BYTES = 1024 * 1024
-BIG_ITEMS = 4_000_000
+_BIG_ITEMS = 4_000_000
 """From here on a copy item by item takes longer than the one turn of the GIL that letting it go can cost."""
 
 
@@ -66,10 +66,10 @@ class NumpyAdapter:
 
     def copy_into(self, sources: Sequence[_Array], layout: Layout, buffer: memoryview) -> None:
         """Blocks for one copy of the bytes, and holds the GIL but between slices of them."""
-        for array, offset, size in zip(sources, layout.offsets, layout.sizes, strict=True):
+        for array, offset in zip(sources, layout.offsets, strict=True):
             if array.flags.c_contiguous:
                 place(_bytes_of(array), buffer, offset)
-            elif size:
+            else:
                 _copy(np.ndarray(array.shape, array.dtype, buffer, offset), array)
 
     def view(self, sources: Sequence[_Array]) -> tuple[list[memoryview], list[_Array]]:
@@ -116,7 +116,7 @@ def _why_not(dtype: np.dtype[Any]) -> str:
 
 
 def _dtype_for(spec: TensorSpec) -> np.dtype[Any]:
-    dtype = DTYPES.get(spec.dtype)
+    dtype = _DTYPES.get(spec.dtype)
     if dtype is None:
         why = (
             f"numpy knows {spec.dtype} only with ml_dtypes; install ml_dtypes, or load with framework='torch'"
@@ -140,7 +140,7 @@ def _contiguous(array: _Array) -> _Array:
 
 def _copy(target: _Array, source: _Array) -> None:
     """Copy a strided array into a C-contiguous one."""
-    if source.size >= BIG_ITEMS:
+    if source.size >= _BIG_ITEMS:
         np.copyto(target, source)
     else:
         axis = _rows_axis(source)

@@ -17,7 +17,7 @@ from snapstore._format import Layout, TensorSpec
 from snapstore._types import Framework
 from snapstore.adapters import place, unsupported
 
-DTYPES: dict[str, torch.dtype] = {
+_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -26,7 +26,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _REFUSED: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (lambda t: not isinstance(t, torch.Tensor), "it is no tensor; save torch.as_tensor of it"),
@@ -259,7 +259,7 @@ def _device(device: Any) -> torch.device | None:
 
 
 def _tensor_over(buffer: memoryview, spec: TensorSpec, offset: int) -> torch.Tensor:
-    dtype, count = DTYPES[spec.dtype], math.prod(spec.shape)
+    dtype, count = _DTYPES[spec.dtype], math.prod(spec.shape)
     if not count:  # frombuffer refuses to make nothing
         return torch.empty(spec.shape, dtype=dtype, device="cpu")
     return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(spec.shape)

@@ -215,7 +215,8 @@ def _plan_layers(cache: Any, kind: Kind, records: JSON, decoder: TreeDecoder, pa
         if record is not None:
             layer_path = f"{path}layers.{index}"
             yield plan(layer, kind_of(layer, _LAYERS, layer_path), record, decoder, layer_path)
-    yield Fill(cache, kind, {"layers": layers})
+    if len(layers) > len(cache.layers):
+        yield Fill(cache, kind, {"layers": layers})
 
 
 def _layers_up_to(cache: Any, count: int) -> list[Any]:
@@ -274,15 +275,12 @@ def _fits(old: Any, new: Any) -> bool:
 
 
 def _copy_into(old: Any, new: Any) -> Any:
-    with (
-        torch.inference_mode()
-    ):  # the only mode that may write into a tensor made in inference mode; any other, too
+    # Only inference mode may write into a tensor that was made in it. It may write into any other, too.
+    with torch.inference_mode():
         return old.copy_(new)
 
 
 def _clone(tensor: Any) -> Any:
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # a tensor made in inference mode could not be updated outside
+    # Nor could a clone that is made in inference mode be updated outside of it.
+    with torch.inference_mode(False), torch.no_grad():
         return tensor.detach().clone()

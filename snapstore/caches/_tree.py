@@ -81,12 +81,11 @@ class TreeEncoder:
 
     def _name(self, tensor: Any, path: str) -> str:
         if id(tensor) not in self._seen:
-            name, again = path, 1
-            while name in self.tensors:  # {1: a, "1": b}
-                again += 1
-                name = f"{path}~{again}"
-            self.tensors[name] = self._type.handle(tensor)
-            self._seen[id(tensor)] = (name, tensor)
+            assert path not in self.tensors, (
+                path
+            )  # no label has a dot in it, and no two under one node are equal
+            self.tensors[path] = self._type.handle(tensor)
+            self._seen[id(tensor)] = (path, tensor)
         return self._seen[id(tensor)][0]
 
 

@@ -17,10 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status. Without click and rich it says how to get them."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        print(
-            f"The snapstore command needs {' and '.join(missing)}. Install them: pip install 'snapstore[cli]'",
-            file=sys.stderr,
-        )
+        advice = "Install them: pip install 'snapstore[cli]'"
+        sys.stderr.write(f"The snapstore command needs {' and '.join(missing)}. {advice}\n")
         return 2
     from snapstore.cli._app import run
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from snapstore._errors import RootError
 from snapstore._files import FileSystem
 from snapstore._maintenance.root import opened_root
-from snapstore._maintenance.survey import Finding, sessions
+from snapstore._maintenance.survey import WRONG, Finding, sessions
 from snapstore._maintenance.units import format_rate, format_size, plural, printable
-from snapstore._maintenance.verify import WRONG, VerifyReport, verify_file, verify_root
+from snapstore._maintenance.verify import VerifyReport, verify_file, verify_root
 from snapstore.cli._options import chosen_root, json_option, root_options
-from snapstore.cli._output import Cell, Column, emit_json, note, progress, say, table
+from snapstore.cli._output import Cell, Column, emit_json, finding_json, progress, say, table
 
 if TYPE_CHECKING:
     from snapstore._maintenance.doctor import Checkup
@@ -74,15 +73,8 @@ def _show_json(path: str, report: VerifyReport, took_s: float) -> None:
     emit_json(
         "verify", path=path, checked=report.checked, checked_bytes=report.checked_bytes,
         without_checksums=report.without_checksums, quarantined=report.quarantined, kept=report.kept,
-        seconds=int(took_s), wrong=len(report.wrong), findings=[_finding_json(each) for each in report.findings],
+        seconds=int(took_s), wrong=len(report.wrong), findings=[finding_json(each) for each in report.findings],
     )  # fmt: skip
-
-
-def _finding_json(finding: Finding) -> dict[str, object]:
-    return {
-        "kind": finding.kind, "wrong": finding.kind in WRONG, "path": printable(finding.path),
-        "why": printable(finding.why), "bytes": finding.nbytes,
-    }  # fmt: skip
 
 
 def _show_verified(report: VerifyReport, took_s: float) -> None:
@@ -140,9 +132,12 @@ def doctor(root: str | None, default_root: str | None, as_json: bool) -> int:
     return 1 if any(each.level == "problem" for each in checkup.diagnoses) else 0
 
 
-_MARK = {"ok": Cell("ok", "green"), "note": Cell("note", "yellow"), "problem": Cell("problem", "red")}
+_LEVEL_COLOUR = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
 def _show_checkup(checkup: Checkup) -> None:
-    columns = (Column(""), Column("topic"), Column("finding", grows=True), Column("advice", grows=True))
-    table(columns, ((_MARK[each.level], each.topic, each.finding, each.advice) for each in checkup.diagnoses))
+    """Two lines a finding, so that both stay readable in a narrow terminal."""
+    width = max(len(each.topic) for each in checkup.diagnoses)
+    for each in checkup.diagnoses:
+        say(f"{each.level:<8} {each.topic:<{width}}  {each.finding}", _LEVEL_COLOUR[each.level])
+        say(f"{'':<8} {'':<{width}}  {each.advice}")

@@ -48,7 +48,8 @@ def inspect(what: tuple[str, ...], default_root: str | None, values: bool, as_js
             and not _is_directory(files, what[0])
             and _exists(files, what[0])
         ):
-            found, boundaries = inspect_file(files, what[0], values=values), None
+            found: Inspection | None = inspect_file(files, what[0], values=values)
+            boundaries = None
         else:
             found, boundaries = _find(files, *_root_and_key(files, what, default_root), values)
     except SnapshotCorruptError as error:

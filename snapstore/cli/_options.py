@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -15,7 +15,13 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 
 
-class _Unit(click.ParamType):
+if TYPE_CHECKING:
+    _Type = click.ParamType[int]
+else:
+    _Type = click.ParamType  # takes no type argument before click 8.2
+
+
+class _Unit(_Type):
     """A text that one of the strict parsers reads."""
 
     def __init__(self, name: str, parse: Callable[[str], int]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from snapstore._maintenance.survey import Finding
+from snapstore._maintenance.survey import WRONG, Finding
 from snapstore._maintenance.units import format_rate, printable
 
 SCHEMA = 1
@@ -58,6 +58,14 @@ def say(text: str, style: str = "") -> None:
 def note(text: str) -> None:
     """A line beside the answer: to standard error, so that a pipe carries the answer alone."""
     click.echo(text, err=True, color=False)
+
+
+def finding_json(finding: Finding) -> dict[str, Any]:
+    """A finding as it stands in JSON."""
+    return {
+        "kind": finding.kind, "wrong": finding.kind in WRONG, "path": printable(finding.path),
+        "why": printable(finding.why), "disk_bytes": finding.nbytes,
+    }  # fmt: skip
 
 
 def note_findings(findings: Sequence[Finding], *, most: int = 20) -> None:
@@ -109,7 +117,7 @@ def _rich_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> No
 def bar(count: int, most: int, width: int = 40) -> str:
     """A bar for a histogram, at least a sliver for anything; plain ASCII where nothing else can be shown."""
     encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
-    full, parts = ("█", ("", *"▏▎▍▌▋▊▉")) if encoding.startswith("utf") else ("#", ("",))
+    full, parts = ("█", ["", *"▏▎▍▌▋▊▉"]) if encoding.startswith("utf") else ("#", [""])
     steps = max(round(count / max(most, 1) * width * len(parts)), 1 if count else 0)
     whole, rest = divmod(steps, len(parts))
     return full * whole + parts[rest]
@@ -119,7 +127,7 @@ def bar(count: int, most: int, width: int = 40) -> str:
 def progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """A bar with rate and time left, fed with bytes; nothing at all unless a terminal watches."""
     if not (on_terminal() and sys.stderr.isatty()):
-        yield lambda nbytes: None
+        yield lambda _: None
         return
     from rich.console import Console
     from rich.progress import (

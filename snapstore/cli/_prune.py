@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import click
 
@@ -17,22 +17,28 @@ from snapstore._files import FileSystem
 from snapstore._maintenance.plan import Plan, Rules, SessionPlan, make_plan
 from snapstore._maintenance.prune import PruneReport, carry_out
 from snapstore._maintenance.root import Root, opened_root
-from snapstore._maintenance.survey import Session, sessions, surroundings
+from snapstore._maintenance.survey import Loose, Session, SnapshotFile, sessions, surroundings
 from snapstore._maintenance.units import format_duration, format_size, plural, printable
 from snapstore.cli._ls import owner_cell
 from snapstore.cli._options import DURATION, SIZE, chosen_root, json_option, root_options
-from snapstore.cli._output import Column, emit_json, note, note_findings, on_terminal, progress, say, table
+from snapstore.cli._output import (
+    Column,
+    emit_json,
+    finding_json,
+    note,
+    note_findings,
+    on_terminal,
+    progress,
+    say,
+    table,
+)
 
 
 @click.command()
 @root_options
-@click.option("--older-than", type=DURATION, metavar="2h30m", help="Only what is older.")
+@click.option("--older-than", "older_than_s", type=DURATION, metavar="2h30m", help="Only what is older.")
 @click.option(
-    "--by",
-    type=click.Choice(["mtime", "atime"]),
-    default="mtime",
-    show_default=True,
-    help="Time that counts.",
+    "--by", type=click.Choice(["mtime", "atime"]), default="mtime", help="Age since written, or read."
 )
 @click.option("--max-bytes", type=SIZE, metavar="20GiB", help="Oldest first, only until so much is left.")
 @click.option(
@@ -58,12 +64,7 @@ def prune(
     Rules combine: a snapshot goes only if every one lets it go. Without any, all that dead owners left goes.
     Asks before it removes; where nobody can be asked, --yes is needed.
     """
-    given = rules_given.pop
-    rules = Rules(
-        older_than_s=given("older_than"), by=given("by"), max_bytes=given("max_bytes"), keep_latest=given("keep_latest"),
-        request=given("request"), session=given("session"), leftovers=given("leftovers"),
-        include_live=given("include_live"),
-    )  # fmt: skip
+    rules = Rules(**rules_given)
     _check_usage(rules, asks=not (dry_run or yes), as_json=as_json)
     with opened_root(FileSystem(), chosen_root(root, default_root), to_change=True) as opened:
         plan = _plan(opened, rules)
@@ -110,7 +111,7 @@ def _stopping_gently() -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C ends the work between two files; a second one does not wait for that."""
     asked: list[int] = []
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, _: FrameType | None) -> None:
         asked.append(number)
         signal.signal(signal.SIGINT, previous)
 
@@ -152,20 +153,9 @@ def _show_dry_run(root: Root, plan: Plan, as_json: bool) -> int:
     if as_json:
         emit_json("prune", root=root.path, dry_run=True, **_plan_json(plan))
         return _status(plan)
-    rows = [
-        *(
-            (each.path, format_size(each.freed_bytes), _age(each.mtime_ns))
-            for part in plan.sessions
-            for each in part.snapshots
-        ),
-        *(
-            (each.path, format_size(each.freed_bytes), _age(each.mtime_ns))
-            for part in plan.sessions
-            for each in part.loose
-        ),
-        *((each.path, format_size(each.freed_bytes), _age(each.mtime_ns)) for each in plan.unfinished),
-        *((part.name, "", "") for part in plan.sessions if part.whole),
-    ]
+    items = [*_removals(plan), *plan.unfinished]
+    rows = [(printable(each.path), format_size(each.freed_bytes), _age(each.mtime_ns)) for each in items]
+    rows += [(part.name, "", "") for part in plan.sessions if part.whole]
     if rows:
         table(
             (Column("would remove", grows=True), Column("size", right=True), Column("age", right=True)), rows
@@ -175,6 +165,12 @@ def _show_dry_run(root: Root, plan: Plan, as_json: bool) -> int:
     return _status(plan)
 
 
+def _removals(plan: Plan) -> Iterator[SnapshotFile | Loose]:
+    for part in plan.sessions:
+        yield from part.snapshots
+        yield from part.loose
+
+
 def _age(mtime_ns: int) -> str:
     return format_duration(int(time.time() - mtime_ns / 1e9))
 
@@ -182,7 +178,7 @@ def _age(mtime_ns: int) -> str:
 def _show_report(root: Root, plan: Plan, report: PruneReport, as_json: bool) -> int:
     status = 130 if report.interrupted else 1 if report.errors else _status(plan)
     if as_json:
-        findings = [asdict(each) for each in plan.findings]
+        findings = [finding_json(each) for each in plan.findings]
         emit_json("prune", root=root.path, dry_run=False, **asdict(report), findings=findings)
         return status
     _show_notes(plan)
@@ -190,9 +186,8 @@ def _show_report(root: Root, plan: Plan, report: PruneReport, as_json: bool) -> 
         note(f"not removed: {printable(error)}")
     if report.interrupted:
         note("Interrupted: what is not removed yet stays as it was.")
-    say(
-        f"Reclaimed {_what(report.freed_bytes, report.snapshots, report.requests)}{_aside(report.in_use, report.changed)}"
-    )
+    what = _what(report.freed_bytes, report.snapshots, report.requests)
+    say(f"Reclaimed {what}{_aside(report.in_use, report.changed)}")
     return status
 
 
@@ -226,11 +221,10 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
         "in_use": plan.in_use,
         "over_bytes": plan.over_bytes,
         "removals": [
-            {"path": each.path, "freed_bytes": each.freed_bytes, "mtime_s": each.mtime_ns // 10**9}
-            for part in plan.sessions
-            for each in (*part.snapshots, *part.loose)
+            {"path": printable(each.path), "freed_bytes": each.freed_bytes, "mtime_s": each.mtime_ns // 10**9}
+            for each in _removals(plan)
         ],
         "sessions": [part.name for part in plan.sessions if part.whole],
         "unfinished": [each.name for each in plan.unfinished],
-        "findings": [asdict(each) for each in plan.findings],
+        "findings": [finding_json(each) for each in plan.findings],
     }

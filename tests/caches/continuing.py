@@ -13,8 +13,8 @@ from snapstore import SnapshotStore, caches
 from snapstore.testing import FaultyFileSystem
 
 TOKENS = 21
-BOUNDARIES = (6, 17)
-"""One before, one after the sliding windows of the tiny models are full, and in the second two after whole chunks."""
+BOUNDARIES = (6, 17, 19)
+"""After chunks: before the sliding windows of the tiny models are full, and after. Then amid the decoding."""
 
 STEPS = ((0, 3), (3, 6), (6, 12), (12, 17), *((token, token + 1) for token in range(17, TOKENS)))
 """Prefill in chunks, then decode token by token, as (start, stop) in tokens."""
@@ -27,7 +27,7 @@ def check(store: SnapshotStore, files: FaultyFileSystem, fresh: Callable[[], Any
     """Save at the boundaries of a live run, go on; then continue from memory, and from disk."""
     with files.pause("create", ".tmp") as gate:
         logits = _live_run(store, fresh(), step)
-        gate.wait_reached()  # the writer holds the first snapshot, the second is queued: nothing is on disk
+        gate.wait_reached()  # the writer holds the first snapshot, the others are queued: nothing is on disk
         for boundary in BOUNDARIES:
             _continue(store, boundary, "memory", fresh, step, logits)
     assert store.flush(10)

@@ -31,4 +31,4 @@ def test_what_is_no_cache_is_refused(cache: object) -> None:
 
 def test_layers_is_one_of_two_words() -> None:
     with pytest.raises(ValueError, match="'all' or 'non_sliceable', not 'some'"):
-        caches.capture([], layers="some")  # type: ignore[arg-type]
+        caches.capture([], layers="some")

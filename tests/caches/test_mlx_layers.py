@@ -292,7 +292,7 @@ def test_an_error_in_the_last_layer_leaves_the_first_alone() -> None:
 
 
 def test_a_class_that_is_not_on_the_list_is_refused() -> None:
-    class MyCache(mlx_cache.KVCache):  # type: ignore[misc]
+    class MyCache(mlx_cache.KVCache):
         pass
 
     with pytest.raises(TypeError, match=r"layers\.1 is a .*MyCache, which is not on the allow-list"):

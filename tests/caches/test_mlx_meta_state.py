@@ -1,4 +1,4 @@
-"""mlx-lm 0.31, whose caches have a ``state`` and a ``meta_state`` of strings: captured as 0.32 is, and exchanged with it.
+"""mlx-lm 0.31, whose caches have a ``state`` and a ``meta_state`` of strings: captured as 0.32, and exchanged with it.
 
 The classes here are those of the installed mlx-lm with what 0.31.3 has in their place, so that both can be tested in
 one process. (All other tests of this folder also pass with mlx-lm 0.31.3 itself.)
@@ -20,7 +20,7 @@ from taken import same, taken  # noqa: E402
 from snapstore import caches  # noqa: E402
 
 
-class RotatingKVCache(mlx_cache.RotatingKVCache):  # type: ignore[misc]
+class RotatingKVCache(mlx_cache.RotatingKVCache):
     @property
     def state(self) -> Any:
         if self.offset < self.keys.shape[2]:
@@ -40,7 +40,7 @@ class RotatingKVCache(mlx_cache.RotatingKVCache):  # type: ignore[misc]
         self.keep, self.max_size, self.offset, self._idx = map(int, v)
 
 
-class ArraysCache(mlx_cache.ArraysCache):  # type: ignore[misc]
+class ArraysCache(mlx_cache.ArraysCache):
     @property
     def state(self) -> Any:
         return self.cache
@@ -54,7 +54,7 @@ class ArraysCache(mlx_cache.ArraysCache):  # type: ignore[misc]
         return ""
 
 
-class BatchRotatingKVCache(mlx_cache.BatchRotatingKVCache):  # type: ignore[misc]
+class BatchRotatingKVCache(mlx_cache.BatchRotatingKVCache):
     @property
     def state(self) -> Any:
         k, v = self.keys, self.values
@@ -76,7 +76,7 @@ class BatchRotatingKVCache(mlx_cache.BatchRotatingKVCache):  # type: ignore[misc
         self.rotated = bool(v[3])  # bool("False"): 0.31 itself restores a batch that never rotated as rotated
 
 
-class CacheList(mlx_cache.CacheList):  # type: ignore[misc]
+class CacheList(mlx_cache.CacheList):
     @property
     def state(self) -> Any:
         return [c.state for c in self.caches]

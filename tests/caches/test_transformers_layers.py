@@ -121,7 +121,7 @@ CASES = {
     ),
     "StaticIndexedLayer": Case(lambda: cache_utils.StaticIndexedLayer(LENGTH), indexed),
     "Fp8QuantizedLayer": Case(cache_utils.Fp8QuantizedLayer, attention, NEVER),
-    "LinearAttentionLayer": Case(lambda: cache_utils.LinearAttentionLayer(), linear, NEVER),
+    "LinearAttentionLayer": Case(cache_utils.LinearAttentionLayer, linear, NEVER),
     "LinearAttentionLayer+states": Case(lambda: cache_utils.LinearAttentionLayer(3), linear, NEVER),
     "LinearAttentionLayer+convolution": Case(cache_utils.LinearAttentionLayer, convolution, NEVER),
     "LinearAttentionLayer+recording": Case(
@@ -219,7 +219,7 @@ def test_the_layers_of_a_cache_made_in_inference_mode_can_be_used_outside(case: 
         live = filled(case)
         snapshot = taken(cache_of(live))
         layer = restored(snapshot, case.fresh())
-    expected = fed(case, copy.deepcopy(layer))  # would raise: an in-place update outside of inference mode
+    expected = fed(case, layer)  # a tensor made in inference mode could not be updated here
     with torch.inference_mode():
         assert same(fed(case, live), expected)
 
@@ -285,7 +285,7 @@ def test_tensors_go_where_the_snapshot_was_loaded() -> None:
     moved = Taken({name: tensor.to("meta") for name, tensor in snapshot.tensors.items()}, snapshot.metadata)
     layer = restored(moved, CASES["LinearAttentionAndSlidingWindowAttentionLayer"].fresh())
     assert layer.device == layer.keys.device == layer.conv_states[0].device == torch.device("meta")
-    assert layer._sliding_window_tensor.device == torch.device("meta")
+    assert vars(layer)["_sliding_window_tensor"].device == torch.device("meta")
 
 
 # -- which layers -----------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_what_a_cache_keeps_beside_its_layers_comes_back() -> None:
     live = cache_utils.DFlashCache()
     live.set_previous_accepted_tokens(3)
     live.update(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), 0)
-    live._is_user_defined = True  # as generate() leaves it
+    vars(live)["_is_user_defined"] = True  # as generate() leaves it
     cache = caches.restore(taken(live), cache_utils.DFlashCache())
     assert cache.get_query_offset(0) == live.get_query_offset(0) == 6
     assert not hasattr(cache, "_is_user_defined")
@@ -408,10 +408,10 @@ def test_another_class_of_cache_is_refused() -> None:
 
 
 def test_classes_that_are_not_on_the_list_are_refused() -> None:
-    class MyLayer(cache_utils.DynamicLayer):  # type: ignore[misc]
+    class MyLayer(cache_utils.DynamicLayer):
         pass
 
-    class MyCache(cache_utils.DynamicCache):  # type: ignore[misc]
+    class MyCache(cache_utils.DynamicCache):
         pass
 
     with pytest.raises(TypeError, match=r"layers\.0 is a .*MyLayer, which is not on the allow-list"):
@@ -427,12 +427,12 @@ def test_state_that_the_table_does_not_know_is_refused() -> None:
         caches.capture(cache_of(live))
     cache = cache_utils.DynamicCache()
     cache.prefix = 3
-    with pytest.raises(TypeError, match="cache: .*will not lose: prefix"):
+    with pytest.raises(TypeError, match=r"cache: .*will not lose: prefix"):
         caches.capture(cache)
 
 
 def test_a_tensor_that_is_more_than_its_bytes_is_refused() -> None:
-    class Quantized(torch.Tensor):  # type: ignore[misc]
+    class Quantized(torch.Tensor):
         pass
 
     live = filled(CASES["DynamicLayer"])

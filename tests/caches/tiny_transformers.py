@@ -207,7 +207,7 @@ def model(name: str) -> Any:
 def encoder_decoder() -> Any:
     """A model whose decoder also attends to an encoder."""
     torch.manual_seed(7)
-    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 2)
-    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
-    widths = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "d_model": 32, "vocab_size": 64}
-    return BartForConditionalGeneration(BartConfig(**sizes, **heads, **widths)).eval()
+    sizes: dict[str, Any] = {"d_model": 32, "vocab_size": 64}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 4, f"{part}_ffn_dim": 48}
+    return BartForConditionalGeneration(BartConfig(**sizes)).eval()

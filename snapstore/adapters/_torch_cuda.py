@@ -1,0 +1,322 @@
+"""torch tensors on CUDA devices (and ROCm's, which torch calls the same) <-> host bytes, without a wait on the host.
+
+The calling thread only adds work to its own current stream. The device's thread calls what may keep it; it looks at
+events through the driver itself, since torch holds the GIL for that. Importing this touches no device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from snapstore._device import Block, Device, DeviceLostError, Move, StreamCaptureError
+from snapstore._format import Layout
+from snapstore.adapters import unsupported
+from snapstore.adapters._torch import _DTYPES
+
+_NOT_READY = 600
+_RELAXED = 2
+_PORTABLE = 1
+"""cudaErrorNotReady, cudaStreamCaptureModeRelaxed, cudaHostRegisterPortable; hip has the same numbers."""
+
+_INDEX_MAX = 2**31 - 1
+"""``torch.cat`` copies tensor by tensor what it can not index in 32 bits."""
+
+_AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+# --- which device ---
+
+
+def devices_of(tensors: Mapping[str, torch.Tensor]) -> list[Device | None] | None:
+    """The CUDA device of each tensor; ``None``: none is on any. Calls no device."""
+    with torch._C.DisableTorchFunction():
+        if not any(tensor.is_cuda for tensor in tensors.values()):
+            return None
+        for name, tensor in tensors.items():
+            if tensor.is_cuda and tensor.numel() and not tensor.data_ptr():
+                raise unsupported(name, "its memory is gone: its storage has been resized to nothing")
+        return [device_at(tensor.get_device()) if tensor.is_cuda else None for tensor in tensors.values()]
+
+
+def device_named(device: Any) -> Device | None:
+    """The device that torch calls so, if it is a CUDA one."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"torch has no device {device!r}") from error
+    if found.type != "cuda":
+        return None
+    return device_at(torch.cuda.current_device() if found.index is None else found.index)
+
+
+def device_at(index: int) -> CudaDevice:
+    """The CUDA device of this number; always the same object."""
+    device = _devices.get(index)
+    if device is None:
+        device = _devices.setdefault(index, CudaDevice(index))
+    return device
+
+
+# --- one device ---
+
+
+class CudaDevice:
+    """See ``snapstore._device``."""
+
+    def __init__(self, index: int) -> None:
+        self.name = f"cuda:{index}"
+        self._index = index
+        self._uploads: torch.cuda.Stream | None = None
+        self._making = threading.Lock()
+
+    def check_stream(self) -> None:
+        """Asks the runtime, not the device."""
+        with self._current():
+            capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
+            raise StreamCaptureError(
+                f"the current stream of {self.name} is capturing a CUDA graph; save and load outside of the capture"
+            )
+
+    def pack(self, tensors: Sequence[torch.Tensor]) -> list[Block]:
+        """One launch for up to 128 tensors of a width, and one for each that is not contiguous."""
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            return [_block(_packed(run)) for run in runs_of(tensors)]
+
+    def lend(self, tensors: Sequence[torch.Tensor]) -> list[Block]:
+        """One block a tensor."""
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            return [_block(_plain(tensor).contiguous()) for tensor in tensors if tensor.numel()]
+
+    def mark(self) -> torch.cuda.Event:
+        """An event without timing."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._index))
+        return event
+
+    def open(self) -> CudaChannel:
+        """Makes the device the thread's own, with a stream of its own."""
+        return CudaChannel(self._index)
+
+    def pin(self, area: memoryview) -> None:
+        """Registers the pages with every context."""
+        _relax_capture()
+        code = torch.cuda.cudart().cudaHostRegister(_address(area), len(area), _PORTABLE)
+        if int(code):
+            raise OSError(f"cudaHostRegister of {len(area)} bytes: {code}")
+
+    def unpin(self, area: memoryview) -> None:
+        """May wait for the device."""
+        _relax_capture()
+        code = torch.cuda.cudart().cudaHostUnregister(_address(area))
+        if int(code):
+            raise OSError(f"cudaHostUnregister: {code}")
+
+    def upload(
+        self, layout: Layout, pieces: Sequence[memoryview]
+    ) -> tuple[dict[str, torch.Tensor], torch.cuda.Event]:
+        """Views of one tensor of bytes. Waits for the copy of a piece only if its memory is not pinned."""
+        stream, mark = self._upload_stream(), torch.cuda.Event()
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+            with torch.cuda.stream(stream):
+                arena = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.name)
+                try:
+                    _fill(arena, pieces)
+                    mark.record(stream)
+                except RuntimeError as error:
+                    raise DeviceLostError(f"{self.name}: {error}") from error
+            current = torch.cuda.current_stream(self._index)
+            current.wait_event(mark)
+            arena.record_stream(current)
+            return dict(_views(arena, layout)), mark
+
+    def _upload_stream(self) -> torch.cuda.Stream:
+        with self._making:
+            if self._uploads is None:
+                self._uploads = torch.cuda.Stream(self._index)
+            return self._uploads
+
+    def _current(self) -> AbstractContextManager[Any]:
+        if torch.cuda.current_device() == self._index:
+            return nullcontext()
+        return torch.cuda.device(self._index)
+
+
+class CudaChannel:
+    """See ``snapstore._device``. Made and used by one thread."""
+
+    def __init__(self, index: int) -> None:
+        torch.cuda.set_device(index)
+        _relax_capture()
+        self._stream = torch.cuda.Stream(index)
+        torch.cuda.set_stream(self._stream)
+        # What was made in inference mode can be read here, and no graph of gradients is ever built.
+        self._mode = torch.inference_mode()
+        self._mode.__enter__()
+        self._reached = _event_query()
+
+    def start(self, after: torch.cuda.Event | None, moves: Sequence[Move]) -> torch.cuda.Event:
+        """Returns at once for pinned targets; for others when the copy is made."""
+        if after is not None:
+            self._stream.wait_event(after)
+        for move in moves:
+            source = move.data.view(torch.uint8)[move.offset : move.offset + len(move.target)]
+            torch.frombuffer(move.target, dtype=torch.uint8).copy_(source, non_blocking=True)
+        return self.mark()
+
+    def mark(self) -> torch.cuda.Event:
+        """An event without timing."""
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def done(self, mark: torch.cuda.Event) -> bool:
+        """One call of the driver, without the GIL."""
+        return self._reached(mark)
+
+
+# --- packing ---
+
+
+def runs_of(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Tensors that one ``torch.cat`` can take, in their order: of one dtype, and not too many elements in all.
+
+    The order is that of the file, so tensors of one width are side by side. Where they are not of one dtype that every
+    version of ``cat`` knows, they are taken as integers of that width.
+    """
+    start = 0
+    while start < len(tensors):
+        width, end = tensors[start].element_size(), start
+        while end < len(tensors) and tensors[end].element_size() == width:
+            end += 1
+        yield from _within_index(_of_one_dtype([_plain(each) for each in tensors[start:end]]))
+        start = end
+
+
+def _of_one_dtype(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    first = tensors[0].dtype
+    if first in _KNOWN_TO_CAT and all(each.dtype is first for each in tensors):
+        return tensors
+    integer = _AS_INTEGERS[first.itemsize]
+    return [each.view(integer) for each in tensors]
+
+
+_KNOWN_TO_CAT = frozenset(
+    {
+        torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+        torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
+    }
+)  # fmt: skip
+
+
+def _within_index(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    run: list[torch.Tensor] = []
+    count = 0
+    for tensor in tensors:
+        if run and count + tensor.numel() >= _INDEX_MAX:
+            yield run
+            run, count = [], 0
+        run.append(tensor)
+        count += tensor.numel()
+    if count:
+        yield run
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values without a lazy conjugation or negation."""
+    if tensor.is_conj() or tensor.is_neg():
+        return tensor.resolve_conj().resolve_neg()
+    return tensor
+
+
+def _packed(run: list[torch.Tensor]) -> torch.Tensor:
+    """A fresh flat tensor. (Of one tensor alone, torch's own function for this makes a view.)"""
+    if len(run) == 1:
+        return run[0].clone(memory_format=torch.contiguous_format).view(-1)
+    flat: torch.Tensor = torch._utils._flatten_dense_tensors(run)
+    return flat
+
+
+def _block(tensor: torch.Tensor) -> Block:
+    return Block(tensor.detach().view(-1), tensor.nbytes)
+
+
+# --- unpacking ---
+
+
+def _fill(arena: torch.Tensor, pieces: Sequence[memoryview]) -> None:
+    start = 0
+    for piece in pieces:
+        end = start + len(piece)
+        arena[start:end].copy_(torch.frombuffer(piece, dtype=torch.uint8), non_blocking=True)
+        start = end
+
+
+def _views(arena: torch.Tensor, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
+    for spec, offset, size in zip(layout.specs, layout.offsets, layout.sizes, strict=True):
+        dtype = _DTYPES[spec.dtype]
+        if size:
+            yield spec.name, arena[offset : offset + size].view(dtype).view(spec.shape)
+        else:
+            yield spec.name, torch.empty(spec.shape, dtype=dtype, device=arena.device)
+
+
+# --- the driver ---
+
+
+def _driver() -> tuple[ctypes.CDLL, str] | None:
+    """The driver's library and the prefix of its functions; ``None``: not to be had under the names known here."""
+    name, prefix = ("libamdhip64.so", "hip") if torch.version.hip else ("libcuda.so.1", "cu")
+    try:
+        return ctypes.CDLL(name), prefix
+    except OSError:
+        return None
+
+
+def _relax_capture() -> None:
+    """Let the calling thread make any call while another captures a graph; by default some would spoil the capture."""
+    driver = _driver()
+    if driver is not None:
+        library, prefix = driver
+        mode = ctypes.c_int(_RELAXED)
+        getattr(library, f"{prefix}ThreadExchangeStreamCaptureMode")(ctypes.byref(mode))
+
+
+def _event_query() -> Callable[[torch.cuda.Event], bool]:
+    """A question to the driver that drops the GIL; torch's own, which holds it, where there is no other way."""
+    driver = _driver()
+    if driver is None:
+        return _asked_of_torch
+    library, prefix = driver
+    query = getattr(library, f"{prefix}EventQuery")
+    query.argtypes = [ctypes.c_void_p]
+    query.restype = ctypes.c_int
+
+    def reached(mark: torch.cuda.Event) -> bool:
+        code = query(mark.cuda_event)
+        if code not in (0, _NOT_READY):
+            raise DeviceLostError(f"the driver says {code} of an event")
+        return bool(code == 0)
+
+    return reached
+
+
+def _asked_of_torch(mark: torch.cuda.Event) -> bool:
+    try:
+        return bool(mark.query())
+    except RuntimeError as error:
+        raise DeviceLostError(str(error)) from error
+
+
+def _address(area: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(area))
+
+
+_devices: dict[int, CudaDevice] = {}
