@@ -125,7 +125,8 @@ def environment() -> dict[str, str]:
     packages = ("snapstore", "numpy", "torch", "mlx", "safetensors", "xxhash")
     found = {name: _version(name) for name in packages}
     return {
-        "machine": f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} processors, {_model()}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, {_model()}",
+        "kernel": platform.release(),
         "python": sys.version.split()[0],
         **{name: version for name, version in found.items() if version},
     }

@@ -42,14 +42,14 @@ def plot(folder: Path, environment: dict[str, str], figures: Sequence[Figure]) -
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []
     for workload, group in groupby(figures, key=lambda figure: figure.workload):
         rows = list(group)
         height = 0.8 + 0.26 * len(rows)
-        chart, axes = pyplot.subplots(figsize=(10, height))
+        chart, axes = plt.subplots(figsize=(10, height))
         labels = [f"{each.case}: {each.contender}" for each in rows]
         spread = [[0.0] * len(rows), [max(0.0, each.p99 - each.median) * 1e3 for each in rows]]
         axes.barh(
@@ -63,7 +63,7 @@ def plot(folder: Path, environment: dict[str, str], figures: Sequence[Figure]) -
         chart.tight_layout()
         made.append(folder / f"{workload}.png")
         chart.savefig(made[-1], dpi=110)
-        pyplot.close(chart)
+        plt.close(chart)
     return made
 
 

@@ -18,6 +18,7 @@ LOADS = {
     "512 x 256 KiB": (512, 256 * KiB, 48),
     "8 x 256 MiB": (8, 256 * MiB, 64),
 }
+ROOM = {"max_pending_jobs": 1000, "max_pending_bytes": 4096 * MiB, "save_timeout_s": 60}
 GOALS = {"64 x 16 MiB": "raw / drain >= 1.0", "512 x 256 KiB": "raw / drain >= 0.8"}
 
 
@@ -59,11 +60,7 @@ def _raw(stack: ExitStack, files: int, nbytes: int) -> Contender:
 def _drain(
     stack: ExitStack, files: int, nbytes: int, count: int, durability: str, *, checksum: bool = True
 ) -> Contender:
-    store = stack.enter_context(
-        fresh_store(
-            durability=durability, checksum=checksum, max_pending_jobs=1000, max_pending_bytes=4096 * MiB, save_timeout_s=60
-        )
-    )  # fmt: skip
+    store = stack.enter_context(fresh_store(durability=durability, checksum=checksum, **ROOM))
     tensors = numpy_tensors(count, nbytes)
 
     def once() -> float:

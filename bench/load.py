@@ -1,4 +1,7 @@
-"""``load``: from memory while pending, from a warm and from a cold disk. Limits: a memcpy, a ``preadv`` into a kept buffer."""
+"""``load``: from memory while pending, from a warm and from a cold disk.
+
+Limits: one memcpy into warm memory; one ``preadv`` into a kept buffer.
+"""
 
 from __future__ import annotations
 
