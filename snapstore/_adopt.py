@@ -35,30 +35,30 @@ class Found:
 
 @dataclass(slots=True)
 class Adoption:
-    """What was adopted, and the dead sessions to spare because something in them could not be read just now."""
+    """What was adopted, and the dead sessions in which nothing is left to adopt: only those may be reclaimed.
+
+    One that could not be read just now, or that another process has in hand, may hold what nobody has adopted yet.
+    """
 
     found: list[Found] = field(default_factory=list)
-    spared: set[str] = field(default_factory=set)
+    emptied: set[str] = field(default_factory=set)
     errors: list[OSError] = field(default_factory=list)
-
-    def spare(self, session: str, error: OSError) -> None:
-        self.spared.add(session)
-        self.errors.append(error)
 
 
 def adopt(files: FileSystem, session: Session, *, durable: bool = False) -> Adoption:
     """Move committed snapshots of dead sessions here, newest session first; of a request, one life only.
 
-    Blocks for the disk: one read of a header a file. An error of the disk spares what it concerns for the next start.
+    Blocks for the disk: one read of a header a file. What an error of the disk concerns is left for the next start.
     """
     adoption = Adoption()
     lives: set[str] = set()
     try:
         for dead in dead_sessions(files, session.root, newest_first=True):
             try:
-                _adopt_session(files, dead.path, session.path, lives, adoption)
-            except OSError as error:
-                adoption.spare(dead.path, error)
+                errors = _adopt_session(files, dead.path, session.path, lives, adoption.found)
+                adoption.errors += errors
+                if not errors:
+                    adoption.emptied.add(dead.path)
             finally:
                 dead.lock.release()
         if durable and adoption.found:
@@ -68,12 +68,20 @@ def adopt(files: FileSystem, session: Session, *, durable: bool = False) -> Adop
     return adoption
 
 
-def _adopt_session(files: FileSystem, dead: str, session: str, lives: set[str], adoption: Adoption) -> None:
-    for name in _generations(files, dead):
-        try:
-            adoption.found += _adopt_generation(files, dead, name, session, lives)
-        except OSError as error:
-            adoption.spare(dead, error)
+def _adopt_session(
+    files: FileSystem, dead: str, session: str, lives: set[str], found: list[Found]
+) -> list[OSError]:
+    """What could not be read or moved; the rest is adopted all the same."""
+    errors = []
+    try:
+        for name in _generations(files, dead):
+            try:
+                found += _adopt_generation(files, dead, name, session, lives)
+            except OSError as error:
+                errors.append(error)
+    except OSError as error:
+        errors.append(error)
+    return errors
 
 
 def _generations(files: FileSystem, session: str) -> list[str]:

@@ -30,19 +30,44 @@ _LOOK_EVERY_S = 0.1
 _log = logging.getLogger("snapstore.cleanup")
 
 
+class Cleaning:
+    """A cleanup under way. What it ends is ended when it is made; only waiting for the files is left."""
+
+    def __init__(self, state: State, request_ids: Iterable[str] | None) -> None:
+        self._state = state
+        self._started_s = time.monotonic()
+        self._cleanup = state.begin_cleanup(request_ids)
+
+    @property
+    def over(self) -> bool:
+        """Nothing is left to wait for. Takes no lock: it may be learnt of late, never too early."""
+        return all(life.settled for life in self._cleanup.lives)
+
+    def wait(self, timeout_s: float) -> CleanupReport:
+        """Wait at most ``timeout_s`` for the files to go."""
+        lives = self._cleanup.lives
+        return self._report(self._state.await_swept(lives, timeout_s) if lives else 0)
+
+    def end(self, *, waited: bool) -> CleanupReport:
+        """For those who have ``waited`` in their own way, or not at all. Never blocks."""
+        return self._report(self._state.end_cleanup(self._cleanup.lives, waited=waited))
+
+    def _report(self, left_to_writer: int) -> CleanupReport:
+        cleanup, waited_s = self._cleanup, time.monotonic() - self._started_s
+        self._state.note("cleanup_wait", waited_s)
+        return CleanupReport(
+            clean=all(life.swept for life in cleanup.lives),
+            cancelled=cleanup.cancelled,
+            removed=cleanup.removed,
+            removed_bytes=cleanup.removed_bytes,
+            left_to_writer=left_to_writer,
+            waited_s=waited_s,
+        )
+
+
 def clean(state: State, request_ids: Iterable[str] | None, timeout_s: float) -> CleanupReport:
     """End the lives of these requests (all for ``None``), then wait at most ``timeout_s`` for their files to go."""
-    started_s = time.monotonic()
-    cleanup = state.begin_cleanup(request_ids)
-    left_to_writer = state.await_swept(cleanup.lives, timeout_s) if cleanup.lives else 0
-    return CleanupReport(
-        clean=all(life.swept for life in cleanup.lives),
-        cancelled=cleanup.cancelled,
-        removed=cleanup.removed,
-        removed_bytes=cleanup.removed_bytes,
-        left_to_writer=left_to_writer,
-        waited_s=time.monotonic() - started_s,
-    )
+    return Cleaning(state, request_ids).wait(timeout_s)
 
 
 @dataclass(slots=True)
@@ -59,16 +84,23 @@ class Ending:
 class Sweeper:
     """What the sweeper thread runs. It only removes.
 
-    ``leftovers``: the sessions of dead owners to spare while the others are reclaimed; ``None``: all are left alone.
+    ``reclaim``: first the sessions of dead owners, or ``only`` these.
     """
 
     def __init__(
-        self, state: State, session: Session, files: FileSystem, *, leftovers: frozenset[str] | None
+        self,
+        state: State,
+        session: Session,
+        files: FileSystem,
+        *,
+        reclaim: bool,
+        only: frozenset[str] | None = None,
     ) -> None:
         self._state = state
         self._session = session
         self._files = files
-        self._leftovers = leftovers
+        self._reclaims = reclaim
+        self._only = only
         self._trash: deque[tuple[str, int]] = deque()
         self._ending: Ending | None = None
         self._failing = False
@@ -167,10 +199,10 @@ class Sweeper:
 
     def _reclaim(self) -> None:
         """Once. Whatever is asked of this store meanwhile comes first."""
-        spare, self._leftovers = self._leftovers, None
-        if spare is None:
+        if not self._reclaims:
             return
-        budget = Budget(RECLAIM_SESSIONS, time.monotonic() + RECLAIM_S, spare)
+        self._reclaims = False
+        budget = Budget(RECLAIM_SESSIONS, time.monotonic() + RECLAIM_S, self._only)
         try:
             reclaim(self._files, self._session.root, budget, lambda: self._attend(budget))
         except _Enough:

@@ -49,10 +49,10 @@ class Move:
 
 
 class Channel(Protocol):
-    """A stream of its own on a device, for one thread. A *mark* is an event: a point in a stream that it has reached or not."""
+    """A stream of its own on a device, for one thread. A *mark* is a point in a stream: reached, or not yet."""
 
     def start(self, after: Any, moves: Sequence[Move]) -> Any:
-        """Copy these, once the mark ``after`` is reached; a mark behind them. ``RuntimeError``: some may be under way."""
+        """Copy these once ``after`` is reached; a mark behind them. ``RuntimeError``: some may be under way."""
 
     def mark(self) -> Any:
         """A mark behind all that was started here."""
@@ -79,7 +79,7 @@ class Device(Protocol):
         """A mark in the caller's current stream, behind all that it was given."""
 
     def open(self) -> Channel:
-        """A channel for the calling thread. Graphs that others capture are not disturbed by this thread from here on."""
+        """A channel for the calling thread, which does not disturb the capture of graphs from here on."""
 
     def pin(self, area: memoryview) -> None:
         """Lock pages of host memory, so that copies need no host. ``RuntimeError`` or ``OSError``: refused."""

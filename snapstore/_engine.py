@@ -55,10 +55,11 @@ class Engine:
         durable = options.durability != "none"
         self.session = Session.open(files, root, durable=durable)
         try:
-            leftovers = None if options.leftovers == "keep" else self._adopt(durable)
+            only = self._adopt(durable) if options.leftovers == "adopt" else None
             self._look_at_space()
             self._writer = Writer(self.state, self.session, files, options)
-            self._sweeper = Sweeper(self.state, self.session, files, leftovers=leftovers)
+            reclaim = options.leftovers != "keep"
+            self._sweeper = Sweeper(self.state, self.session, files, reclaim=reclaim, only=only)
             self._sweeper_thread = _thread("snapstore-sweeper", self._run_sweeper)
             self._writer_thread = _thread("snapstore-writer", self._run_writer)
             self._start()
@@ -100,6 +101,10 @@ class Engine:
 
         It happens on a thread of its own, so that no caller's interruption stops it half-way.
         """
+        return self.begin_shutdown(cleanup=cleanup, timeout_s=timeout_s).result()
+
+    def begin_shutdown(self, *, cleanup: bool, timeout_s: float) -> Future[ShutdownReport]:
+        """``shutdown`` without the wait: where its report will be. Not to be cancelled."""
         deadline_s = time.monotonic() + timeout_s
         if not self._ending.locked():
             thread = _thread("snapstore-shutdown", lambda: self._end(cleanup, deadline_s))
@@ -107,7 +112,7 @@ class Engine:
                 thread.start()
             except RuntimeError:  # the interpreter ends, or the process has as many threads as it may
                 self._end(cleanup, deadline_s)
-        return self._report.result()
+        return self._report
 
     def let_go(self) -> None:
         """The store was dropped, or the interpreter ends: the threads write what is accepted, and leave. Never blocks."""
@@ -128,9 +133,7 @@ class Engine:
     # -- the beginning ------------------------------------------------------------------------------------------
 
     def _adopt(self, durable: bool) -> frozenset[str]:
-        """With ``leftovers="adopt"``. The dead sessions that are not to be reclaimed now."""
-        if self.options.leftovers != "adopt":
-            return frozenset()
+        """The dead sessions that nothing is left in, and only they may be reclaimed."""
         adoption = adopt(self.files, self.session, durable=durable)
         for found in adoption.found:
             key = SnapshotKey(found.request_id, found.token_count)
@@ -142,7 +145,7 @@ class Engine:
                 len(adoption.errors),
                 adoption.errors[0],
             )
-        return frozenset(adoption.spared)
+        return frozenset(adoption.emptied)
 
     def _look_at_space(self) -> None:
         try:
@@ -264,6 +267,7 @@ class Engine:
             session_removed=ending.of_sweeper.removed,
             errors=errors,
             waited_s=time.monotonic() - ending.started_s,
+            leaked_bytes=self.staging.facts.leaked_bytes,
         )
 
     def _stuck(self, ending: _Shutdown) -> list[str]:

@@ -308,13 +308,25 @@ def remove_tree(
     return freed, errors
 
 
-def open_within(files: FileSystem, path: str, dir_fd: int | None, depth: int = TREE_DEPTH_MAX) -> int:
-    """Open a directory below an open one: through no link, and not where another file system is mounted."""
+def open_within(
+    files: FileSystem,
+    path: str,
+    dir_fd: int | None,
+    depth: int = TREE_DEPTH_MAX,
+    *,
+    mount: int | None = None,
+) -> int:
+    """Open a directory below an open one: through no link, and not where another file system is mounted.
+
+    ``mount`` is that of the open one, where the caller knows it.
+    """
     if depth <= 0:
         raise OSError(errno.ELOOP, "directories are nested too deep here", path)
     fd = files.open_directory(path, dir_fd=dir_fd)
     try:
-        if dir_fd is not None and files.mount_id(fd) != files.mount_id(dir_fd):
+        if mount is None and dir_fd is not None:
+            mount = files.mount_id(dir_fd)
+        if mount is not None and files.mount_id(fd) != mount:
             raise OSError(errno.EXDEV, "another file system is mounted here", path)
     except BaseException:
         files.close(fd)

@@ -1,4 +1,4 @@
-"""What is on its way between devices and the host: one leaf lock, every transition. No device, no thread, no state called.
+"""What is on its way between devices and the host: one leaf lock, every transition. Calls no device, starts no thread.
 
 A *submission* is what devices have to do for one save, a *part* is what one of them has to; a *lane* is a device with
 its thread, and a *landing* a copy the other way, of a load.
@@ -6,12 +6,13 @@ its thread, and a *landing* a copy the other way, of a load.
     part        from -> to              function                    thread
                 -       -> waiting      submit                      the one that saves
                 waiting -> flying       take                        the device's, before it calls the driver
-                waiting -> over         take, overdue, lose,        whoever finds that its life has ended, its device is stuck
-                                        drop_waiting, give_up       or lost, its source is asked back, the store ends
-                flying  -> over         landed                      the device's, when its mark was reached, however late
+                waiting -> over         take, await_overdue, lose,  whoever finds its life ended, its device stuck or
+                                        drop_waiting, give_up       lost, its source asked back, the store at its end
+                flying  -> over         landed                      the device's, when its mark is reached, however late
 
-    lane        ok -> stuck             overdue                     the watch: nothing was reached for `timeout_s`
-                stuck -> ok             landed, upload_landed       the device's: something was reached after all
+    lane        ok -> stuck             await_overdue               the watch: nothing was reached for `timeout_s`
+                stuck -> ok             landed, upload_landed,      the device's: something was reached after all, or
+                                        await_work                  the driver let it go and nothing is under way
                 ok, stuck -> lost       lose                        the device's: final
 
  1. A submission counts from `submit`, not from when there is a mark; it is at rest when each of its parts is over.
@@ -190,6 +191,8 @@ class Flights:
     def await_work(self, lane: Lane, pause_s: float) -> bool:
         """Wait for something to start, or ``pause_s`` if something may have been reached by then. False: the end."""
         with self._lock:
+            if not (lane.flying or lane.landings):
+                self._recover_locked(lane)  # the driver has let the thread go, and owes it nothing
             while not lane.waiting:
                 if lane.flying or lane.landings:
                     lane.work.wait(pause_s)
@@ -226,7 +229,8 @@ class Flights:
         """The oldest part that flies has arrived."""
         verdict = Verdict()
         with self._lock:
-            self._note_progress_locked(lane)
+            lane.since_s = time.monotonic()
+            self._recover_locked(lane)
             self._over_locked(lane.flying.popleft(), verdict)
             self._publish_locked()
         return verdict
@@ -234,8 +238,11 @@ class Flights:
     def upload_landed(self, lane: Lane) -> None:
         """The oldest landing is done."""
         with self._lock:
-            self._note_progress_locked(lane)
+            lane.since_s = time.monotonic()
+            self._recover_locked(lane)
             lane.landings.popleft()
+            if self._closing:
+                self._watch.notify()
             self._publish_locked()
 
     def failed(self, part: Part, error: BaseException) -> Verdict:
@@ -258,7 +265,7 @@ class Flights:
     # -- the watch ----------------------------------------------------------------------------------------------
 
     def await_overdue(self) -> Verdict | None:
-        """Wait until a device has reached nothing for the timeout: it is stuck, and its saves have failed. ``None``: the end.
+        """Wait until a device has reached nothing for the timeout: it is stuck, its saves fail. ``None``: the end.
 
         Wakes once a timeout while devices are busy, and not at all while they are not.
         """
@@ -351,11 +358,11 @@ class Flights:
         if not self._armed:
             self._watch.notify()
 
-    def _note_progress_locked(self, lane: Lane) -> None:
-        lane.since_s = time.monotonic()
+    def _recover_locked(self, lane: Lane) -> None:
         if lane.status == "stuck":
             lane.status, lane.error = "ok", None
             self._watch.notify()
+            self._publish_locked()
 
     def _end_locked(self, submission: Submission, verdict: Verdict, error: BaseException | None) -> None:
         """Take its end if nobody has: admit it without an error."""
@@ -372,6 +379,8 @@ class Flights:
         submission = part.submission
         part.over, part.flying = True, False
         verdict.over.append(part)
+        if self._closing:
+            self._watch.notify()
         submission.parts_left -= 1
         if submission.parts_left == 0:
             self._end_locked(submission, verdict, None)

@@ -276,7 +276,7 @@ def decode_header(raw: bytes | memoryview, file_size: int) -> Header:
     if sealed and view[_SEAL_AT : _SEAL_AT + DIGITS] != checksum_around(view, _SEAL_AT):
         raise SnapshotCorruptError("the header was altered: it does not match its checksum")
     table = parse_header(view[_PREFIX.size :])
-    metadata = _strings(table.pop("__metadata__", {}))
+    metadata = _strings(table.pop("__metadata__", None))
     _refuse_surrogates(table, metadata)
     ours = sealed or any(key.startswith(_OURS) for key in metadata)
     if ours:
@@ -290,6 +290,8 @@ def decode_header(raw: bytes | memoryview, file_size: int) -> Header:
 
 
 def _strings(metadata: object) -> dict[str, str]:
+    if metadata is None:
+        return {}  # not there, or null, as MLX writes it where there is none
     if type(metadata) is not dict or not set(map(type, metadata.values())) <= {str}:
         raise SnapshotCorruptError("__metadata__ must map strings to strings")
     return metadata

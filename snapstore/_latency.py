@@ -24,8 +24,8 @@ class Histogram(NamedTuple):
         return Histogram((*counts[:index], counts[index] + 1, *counts[index + 1 :]), self.sum_s + seconds)
 
     @property
-    def count(self) -> int:
-        """Of all observations."""
+    def total(self) -> int:
+        """How many observations there were."""
         return sum(self.counts)
 
 

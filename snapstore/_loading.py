@@ -1,4 +1,4 @@
-"""Snapshots -> tensors of the caller's own: from memory while they are pending, from the file after; to host or device."""
+"""Snapshots -> tensors of the caller's own: from memory while pending, from the file after; on the host or a device."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Loader:
         self._device = device
 
     def from_memory(self, state: State, job: Job) -> Loaded:
-        """What a pending job holds. Blocks for one copy on the host, or for none if the bytes can go to a device at once."""
+        """What a pending job holds. Blocks for one copy on the host; for none, where a device takes it from there."""
         assert job.image is not None and job.content is not None
         layout, content, kept = job.image.layout, job.content, job.image.keeps
         uploads = False

@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -105,7 +105,8 @@ class OwnerLock:
         self._leaving = self._fd
         fd, self._fd = self._fd, None
         if fd is not None:
-            self._files.close(fd)
+            with suppress(OSError):  # it is closed all the same
+                self._files.close(fd)
         _held.discard(self)
 
     def _stands_at(self, fd: int, path: str, dir_fd: int | None) -> bool:

@@ -109,15 +109,20 @@ class PinnedPool:
 
     def take(self, nbytes: int) -> HostBuffer | None:
         """Locked memory, if there is some free; first come, first fit."""
-        size = size_class(nbytes)
         with self._lock:
-            for index, (start, free) in enumerate(self._free):
-                if free >= size and self._slab is not None and not self._closing:
-                    self._free[index : index + 1] = [(start + size, free - size)] if free > size else []
-                    self._taken += 1
-                    view = self._slab[start : start + nbytes]
-                    return HostBuffer(view, lambda: self._give_back(start, size), pinned=True, start=start)
-        return None
+            if self._slab is None or self._closing:
+                return None
+            for size in (size_class(nbytes), -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE):
+                index = next((index for index, (_, free) in enumerate(self._free) if free >= size), None)
+                if index is not None:
+                    break
+            else:
+                return None
+            start, free = self._free[index]
+            self._free[index : index + 1] = [(start + size, free - size)] if free > size else []
+            self._taken += 1
+            view = self._slab[start : start + nbytes]
+        return HostBuffer(view, lambda: self._give_back(start, size), pinned=True, start=start)
 
     def await_started(self, timeout_s: float) -> bool:
         """Wait until the locking that was begun is over, for tests and benchmarks; False if not in time."""
@@ -158,9 +163,9 @@ class PinnedPool:
         self._free.insert(at, (start, size))
 
     def _end_locked(self) -> None:
-        if self._closing and self._chunks and not self._taken:
-            if self._thread is None or not self._thread.is_alive():
-                self._run_locked("snapstore-unpinner", self._unpin_all)
+        busy = self._thread is not None and self._thread.is_alive()
+        if self._closing and self._chunks and not self._taken and not busy:
+            self._run_locked("snapstore-unpinner", self._unpin_all)
 
     def _run_locked(self, name: str, target: Callable[[], None]) -> None:
         self._thread = threading.Thread(target=target, name=name, daemon=True)

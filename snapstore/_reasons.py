@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 
+from snapstore._device import DeviceLostError
 from snapstore._errors import (
     DiskQuotaError,
     SaveCancelledError,
@@ -18,8 +19,8 @@ from snapstore._errors import (
 REJECTED = ("full", "quota", "closed", "cancelled", "interrupted", "bug")
 """Why a save was not accepted: no room in time, a limit of disk, shut down, cleaned up or interrupted as it waited."""
 
-FAILED = ("no_space", "read_only", "denied", "io_error", "device", "timeout", "interrupted", "bug")
-"""Why an accepted save came to nothing, but for being cancelled."""
+FAILED = ("no_space", "read_only", "denied", "io_error", "device", "timeout", "closed", "interrupted", "bug")
+"""Why an accepted save came to nothing, but for being cancelled. ``timeout``: its device did not copy it in time."""
 
 _BY_TYPE: tuple[tuple[type[BaseException], str], ...] = (
     (StoreFullError, "full"),
@@ -53,5 +54,4 @@ def reason_of(error: BaseException) -> str:
 
 
 def _is_of_a_device(error: Exception) -> bool:
-    """Device errors come as what the frameworks raise: a ``RuntimeError``, and in torch subclasses of it."""
-    return isinstance(error, RuntimeError) and type(error) is not RecursionError
+    return isinstance(error, DeviceLostError) or type(error).__module__.partition(".")[0] == "torch"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from snapstore._latency import Latencies, Reasons
 from snapstore._memory import HostImage
 from snapstore._ticket import SaveTicket
 from snapstore._types import Framework, SnapshotInfo, SnapshotKey
@@ -36,6 +37,11 @@ class Life:
     newest: dict[int, int] = field(default_factory=dict)
     committed: dict[int, Commit] = field(default_factory=dict)
     failed: dict[int, BaseException] = field(default_factory=dict)
+
+    @property
+    def settled(self) -> bool:
+        """The sweeper is done with it, or failed. Read without the lock: it may be learnt of late."""
+        return self.swept or self.sweep_error is not None
 
     @property
     def empty(self) -> bool:
@@ -77,6 +83,18 @@ class Job:
         return self.ticket.nbytes
 
 
+@dataclass(slots=True, eq=False)
+class Turn:
+    """A save that waits for room, in the order of arrival. It keeps the life alive that it is to belong to."""
+
+    life: Life
+    key: SnapshotKey
+    nbytes: int
+    content: Content
+    started_s: float
+    deadline_s: float
+
+
 @dataclass(slots=True)
 class Cleanup:
     """What ``begin_cleanup`` ended: the lives to wait for, and the figures of the report."""
@@ -114,6 +132,9 @@ class Published(NamedTuple):
     last_error: str | None = None
     free_bytes: int | None = None
     closing: str | None = None
+    latencies: Latencies = Latencies()
+    failures: Reasons = Reasons()
+    rejections: Reasons = Reasons()
 
 
 @dataclass(slots=True)
@@ -135,3 +156,6 @@ class Tally:
     trash_bytes: int = 0
     cleanup_timeouts: int = 0
     writer_restarts: int = 0
+    latencies: Latencies = Latencies()
+    failures: Reasons = Reasons()
+    rejections: Reasons = Reasons()

@@ -29,11 +29,11 @@ _ATTEMPTS = 16
 
 @dataclass(slots=True)
 class Budget:
-    """Bounds of one reclaim, and what it did: how many sessions, until when (monotonic seconds), which ones not."""
+    """Bounds of one reclaim, and what it did: how many sessions, until when (monotonic seconds), which (``None``: any)."""
 
     sessions: int
     deadline_s: float
-    spare: frozenset[str] = frozenset()
+    only: frozenset[str] | None = None
     gone: int = 0
     errors: list[OSError] = field(default_factory=list)
 
@@ -212,7 +212,7 @@ def reclaim(files: FileSystem, root: str, budget: Budget, between: Callable[[], 
         try:
             if budget.spent:
                 return
-            if dead.path not in budget.spare:
+            if budget.only is None or dead.path in budget.only:
                 _delete(files, root, dead, budget, between)
         finally:
             dead.lock.release()

@@ -60,7 +60,7 @@ def _giver(pool: BufferPool, buffer: memoryview) -> Callable[[], None]:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """The tensors of one save, some of them on devices (``None``: in host memory); ``sources`` as the adapter made them."""
+    """The tensors of one save, some of them on devices (``None``: in host memory); ``sources``: of the adapter."""
 
     adapter: Adapter
     tensors: Sequence[Any]
@@ -97,7 +97,7 @@ class Staging:
     # -- the thread that saves or loads -------------------------------------------------------------------------
 
     def check(self, key: SnapshotKey, placed: Placed) -> None:
-        """Before anything is reserved: ``StreamCaptureError``, or ``SaveFailedError`` for a device that is stuck or lost."""
+        """Before anything is reserved: ``StreamCaptureError``; ``SaveFailedError`` if a device is stuck or lost."""
         unfit = self._flights.unfit(placed.distinct_devices)
         if unfit is not None:
             raise _refusal(key, unfit)
@@ -174,7 +174,7 @@ class Staging:
                 moved = self._start_waiting(lane, channel) + self._land_what_arrived(lane, channel)
                 longest_s = _STUCK_PAUSE_S if lane.status == "stuck" else _LONG_PAUSE_S
                 pause_s = _SHORT_PAUSE_S if moved else min(1.5 * pause_s, longest_s)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - recorded, and in every ticket and report from here on
             _log.critical("%s is lost, and with it what it had to copy", lane.device.name, exc_info=error)
             self._act(self._flights.lose(lane, error.with_traceback(None)))
             if lane.flying or lane.landings:
@@ -262,6 +262,11 @@ class Staging:
             )
         )
         return self._flights.await_rest(fenced, 0.0)
+
+    def resting(self, request_id: str | None) -> Callable[[], bool]:
+        """For those who wait in another way than ``drain``: whether what is under way now has come to rest."""
+        fenced = self._flights.fence(request_id)
+        return lambda: not any(each.parts_left for each in fenced)
 
     # -- the end ------------------------------------------------------------------------------------------------
 

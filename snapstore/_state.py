@@ -33,7 +33,7 @@ A *life* is one generation of a request id, from its first save to the cleanup t
     of it exists or will appear.
 10. accepted = committed + cancelled + failed + pending, jobs and bytes, in every value that is published.
 
-Decide under the lock, act outside: tickets are resolved and memory is given back after it is let go.
+Decide under the lock, act outside: tickets are resolved, memory is given back and bells are rung after it is let go.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ import errno
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from snapstore._errors import (
     DiskQuotaError,
@@ -55,7 +55,8 @@ from snapstore._errors import (
 )
 from snapstore._memory import HostImage
 from snapstore._options import StoreOptions
-from snapstore._records import Cleanup, Commit, Content, Job, Life, Published, Tally
+from snapstore._reasons import reason_of
+from snapstore._records import Cleanup, Commit, Content, Job, Life, Published, Tally, Turn
 from snapstore._ticket import SaveTicket
 from snapstore._types import SaveState, SnapshotInfo, SnapshotKey
 
@@ -79,7 +80,8 @@ class State:
         self._in_flight: OrderedDict[Job, None] = OrderedDict()
         self._held: OrderedDict[Job, None] = OrderedDict()
         self._writing: tuple[Job, float] | None = None
-        self._waiters: deque[object] = deque()
+        self._waiters: deque[Turn] = deque()
+        self._bells: tuple[Callable[[], object], ...] = ()
         self._to_sweep: deque[Life] = deque()
         self._next_generation = 1
         self._next_sequence = 1
@@ -102,15 +104,44 @@ class State:
 
     def reserve(self, key: SnapshotKey, nbytes: int, content: Content) -> Job:
         """``- -> STAGING``. Waits for room at most ``save_timeout_s``; whatever it raises, nothing stays behind."""
+        try:
+            with self._lock:
+                try:
+                    return self._reserve_locked(key, nbytes, content)
+                except BaseException as error:
+                    self._note_rejected_locked(nbytes, error)
+                    raise
+                finally:
+                    self._publish_locked()
+        finally:
+            self._ring()
+
+    def queue_up(self, key: SnapshotKey, nbytes: int, content: Content) -> Turn:
+        """``reserve`` for those who must not block: then ``enter`` at each ring of a bell; in any case ``leave``."""
         with self._lock:
             try:
-                return self._reserve_locked(key, nbytes, content)
-            except BaseException:
-                self._tally.rejected += 1
-                self._tally.rejected_bytes += nbytes
+                return self._queue_up_locked(key, nbytes, content)
+            except BaseException as error:
+                self._note_rejected_locked(nbytes, error)
                 raise
             finally:
                 self._publish_locked()
+
+    def enter(self, turn: Turn) -> Job | None:
+        """``- -> STAGING`` if it is its turn and there is room. ``None``: not yet. Raises what ``reserve`` raises."""
+        with self._lock:
+            job = self._enter_locked(turn)
+            self._publish_locked()
+            return job
+
+    def leave(self, turn: Turn, error: BaseException | None = None) -> None:
+        """The end of a turn that ``queue_up`` began; with the error that ended it, if one did."""
+        with self._lock:
+            self._leave_locked(turn)
+            if error is not None:
+                self._note_rejected_locked(turn.nbytes, error)
+            self._publish_locked()
+        self._ring()
 
     def admit(self, job: Job, image: HostImage) -> bool:
         """``STAGING -> QUEUED``: readable from here. False: cancelled while it was being staged."""
@@ -173,7 +204,9 @@ class State:
             job.life.busy = True
             job.life.on_disk = True
             job.ticket._move(SaveState.WRITING)
-            self._writing = (job, time.monotonic())
+            now_s = time.monotonic()
+            self._writing = (job, now_s)
+            self._note_locked("queue_wait", now_s - job.since_s)
             self._publish_locked()
             return job
 
@@ -261,6 +294,7 @@ class State:
                 self._to_sweep += [life for life in unswept if life.sweep_error is None]
             self._rest.notify_all()
             self._publish_locked()
+        self._ring()
 
     def writer_ended(self) -> None:
         """The writer thread is about to be gone."""
@@ -292,6 +326,38 @@ class State:
         if error is not None:
             raise SaveFailedError(f"the save of {key} failed: {error}; save it again", key=key) from error
         raise SnapshotNotFoundError(f"no snapshot of {key}: never saved here, or cleaned up", key=key)
+
+    def commit_of(self, key: SnapshotKey) -> Commit | None:
+        """Where the snapshot is on disk; ``None``: not yet. Raises what ``find`` raises. Never waits."""
+        with self._lock:
+            life = self._lives.get(key.request_id)
+            if self._is_coming_locked(key) or (life is not None and key.token_count in life.pending):
+                return None
+        found = self.find(key)
+        if isinstance(found, Job):
+            self.let_go_memory(found)
+            return None
+        return found
+
+    def note(self, name: str, seconds: float) -> None:
+        """One more observation for a histogram of ``_latency.Latencies``."""
+        with self._lock:
+            self._note_locked(name, seconds)
+            self._publish_locked()
+
+    @contextmanager
+    def watched(self, ring: Callable[[], object]) -> Iterator[None]:
+        """Have ``ring`` called, within, after every change that may end a wait, on the thread that made it.
+
+        For those who can not wait on a condition. It must be quick and must not raise.
+        """
+        with self._lock:
+            self._bells = (*self._bells, ring)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._bells = tuple(each for each in self._bells if each is not ring)
 
     def let_go_memory(self, job: Job) -> None:
         """The end of a read that ``find`` began."""
@@ -392,13 +458,13 @@ class State:
     def await_swept(self, lives: list[Life], timeout_s: float) -> int:
         """Wait until the sweeper is done with these lives, or failed. How many the writer has in hand at the end."""
         with self._lock:
-            done = self._rest.wait_for(
-                lambda: all(life.swept or life.sweep_error for life in lives), timeout_s
-            )
-            if not done and timeout_s > 0:
-                self._tally.cleanup_timeouts += 1
-                self._publish_locked()
-            return int(self._writing is not None and self._writing[0].life in lives)
+            self._rest.wait_for(lambda: all(life.settled for life in lives), timeout_s)
+            return self._end_cleanup_locked(lives, waited=timeout_s > 0)
+
+    def end_cleanup(self, lives: list[Life], *, waited: bool) -> int:
+        """The end of ``await_swept`` for a caller that waits in another way."""
+        with self._lock:
+            return self._end_cleanup_locked(lives, waited=waited)
 
     # -- sweeper ------------------------------------------------------------------------------------------------
 
@@ -424,6 +490,7 @@ class State:
             self._tally.trash_bytes += trashed_bytes - life.doomed_bytes
             self._rest.notify_all()
             self._publish_locked()
+        self._ring()
 
     def not_swept(self, life: Life, error: OSError) -> None:
         """The directory would not go; the next cleanup of the request, or shutdown, tries again."""
@@ -432,6 +499,7 @@ class State:
             self._removal_error = f"{type(error).__name__}: {error}"
             self._rest.notify_all()
             self._publish_locked()
+        self._ring()
 
     def not_freed(self, error: OSError) -> None:
         """Something in the trash would not go; it is tried again with the next removals."""
@@ -486,6 +554,7 @@ class State:
             self._work.notify_all()
             self._room.notify_all()
             self._publish_locked()
+        self._ring()
 
     def await_staged(self, timeout_s: float) -> bool:
         """Wait until nothing is on its way to host memory; False if something still is after ``timeout_s``."""
@@ -565,6 +634,12 @@ class State:
                 self._to_sweep.append(life)
                 self._dirt.notify()
 
+    def _end_cleanup_locked(self, lives: list[Life], *, waited: bool) -> int:
+        if waited and not all(life.settled for life in lives):
+            self._tally.cleanup_timeouts += 1
+            self._publish_locked()
+        return int(self._writing is not None and self._writing[0].life in lives)
+
     def _retry_sweeps_locked(self, lives: list[Life]) -> None:
         for life in lives:
             if life.sweep_error is not None:
@@ -592,15 +667,50 @@ class State:
         return lives
 
     def _reserve_locked(self, key: SnapshotKey, nbytes: int, content: Content) -> Job:
+        turn = self._queue_up_locked(key, nbytes, content)
+        try:
+            while (job := self._enter_locked(turn)) is None:
+                self._publish_locked()
+                self._room.wait(turn.deadline_s - time.monotonic())
+            return job
+        finally:
+            self._leave_locked(turn)
+
+    def _queue_up_locked(self, key: SnapshotKey, nbytes: int, content: Content) -> Turn:
+        """First come, first served, so that small saves do not starve a large one."""
         self._refuse_locked(key, nbytes)
         life = self._life_locked(key.request_id)
         life.waiting += 1
-        try:
-            self._await_room_locked(life, key, nbytes)
-            return self._accept_locked(life, key, nbytes, content)
-        finally:
-            life.waiting -= 1
-            self._forget_if_empty_locked(life)
+        now_s = time.monotonic()
+        patience_s = self._options.save_timeout_s if self._options.on_full == "wait" else 0.0
+        turn = Turn(life, key, nbytes, content, now_s, now_s + patience_s)
+        self._waiters.append(turn)
+        return turn
+
+    def _enter_locked(self, turn: Turn) -> Job | None:
+        self._refuse_locked(turn.key, turn.nbytes)
+        if not turn.life.alive:
+            raise SaveCancelledError(
+                f"{turn.key} was cleaned up while its save waited for room", key=turn.key
+            )
+        if self._waiters[0] is turn and self._fits_locked(turn.nbytes):
+            return self._accept_locked(turn.life, turn.key, turn.nbytes, turn.content)
+        now_s = time.monotonic()
+        if now_s >= turn.deadline_s:
+            raise self._full_locked(turn.key, turn.nbytes, now_s - turn.started_s)
+        return None
+
+    def _leave_locked(self, turn: Turn) -> None:
+        self._waiters.remove(turn)
+        if self._waiters:
+            self._room.notify_all()
+        turn.life.waiting -= 1
+        self._forget_if_empty_locked(turn.life)
+
+    def _note_rejected_locked(self, nbytes: int, error: BaseException) -> None:
+        self._tally.rejected += 1
+        self._tally.rejected_bytes += nbytes
+        self._tally.rejections = self._tally.rejections.with_one(reason_of(error), nbytes)
 
     def _accept_locked(self, life: Life, key: SnapshotKey, nbytes: int, content: Content) -> Job:
         ticket = SaveTicket(key, life.generation, nbytes)
@@ -619,27 +729,6 @@ class State:
         if self._closing:
             raise StoreClosedError(f"{key} was not saved: {self._closing}; open a new store", key=key)
         self._check_quota_locked(key, nbytes)
-
-    def _await_room_locked(self, life: Life, key: SnapshotKey, nbytes: int) -> None:
-        """First come, first served, so that small saves do not starve a large one."""
-        me = object()
-        self._waiters.append(me)
-        started_s = time.monotonic()
-        deadline_s = started_s + (self._options.save_timeout_s if self._options.on_full == "wait" else 0.0)
-        try:
-            while not (self._waiters[0] is me and self._fits_locked(nbytes)):
-                now_s = time.monotonic()
-                if now_s >= deadline_s:
-                    raise self._full_locked(key, nbytes, now_s - started_s)
-                self._publish_locked()
-                self._room.wait(deadline_s - now_s)
-                self._refuse_locked(key, nbytes)
-                if not life.alive:
-                    raise SaveCancelledError(f"{key} was cleaned up while its save waited for room", key=key)
-        finally:
-            self._waiters.remove(me)
-            if self._waiters:
-                self._room.notify_all()
 
     def _fits_locked(self, nbytes: int) -> bool:
         if not self._in_flight:
@@ -710,6 +799,7 @@ class State:
             job.life.failed[job.key.token_count] = error
         self._tally.failed += 1
         self._tally.failed_bytes += job.nbytes
+        self._tally.failures = self._tally.failures.with_one(reason_of(error), job.nbytes)
         outcome = SaveFailedError(f"the save of {job.key} failed: {error}; save it again", key=job.key)
         outcome.__cause__ = error
         self._settle_locked(job, SaveState.FAILED, outcome, settled)
@@ -726,6 +816,7 @@ class State:
     def _settle_locked(self, job: Job, state: SaveState, outcome: _Outcome, settled: _Settled) -> None:
         job.ticket._move(state)
         if self._writing is not None and self._writing[0] is job:
+            self._note_locked("write", time.monotonic() - self._writing[1])
             self._writing = None
         del self._in_flight[job]
         self._pending_bytes -= job.nbytes
@@ -761,7 +852,16 @@ class State:
             tally.session_bytes, tally.trash_bytes, tally.cleanup_timeouts, tally.writer_restarts,
             oldest.since_s if oldest else None, self._writing[1] if self._writing else None,
             self._last_error or self._removal_error, self._free_bytes, self._closing,
+            tally.latencies, tally.failures, tally.rejections,
         )  # fmt: skip
+
+    def _note_locked(self, name: str, seconds: float) -> None:
+        self._tally.latencies = self._tally.latencies.with_one(name, seconds)
+
+    def _ring(self) -> None:
+        """After the lock."""
+        for ring in self._bells:
+            ring()
 
     def _announce(self, settled: _Settled) -> None:
         """After the lock: give memory back and resolve tickets, in that order, so that a result finds it released.
@@ -769,6 +869,7 @@ class State:
         All of them, whatever a callback of one ticket raises.
         """
         with ExitStack() as outcomes:
+            outcomes.callback(self._ring)
             for job, outcome in reversed(settled):
                 outcomes.callback(job.ticket._settle, outcome)
             for job, _ in settled:

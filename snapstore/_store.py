@@ -10,19 +10,23 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from snapstore._arguments import check_token_count, checked_key, checked_request_id, timeout_or
+from snapstore._committed import gone
 from snapstore._detach import move_out
 from snapstore._engine import Engine
-from snapstore._errors import ShutdownTimeoutError, SnapshotCorruptError
+from snapstore._errors import ShutdownTimeoutError
 from snapstore._files import FileSystem
-from snapstore._format import Layout, decode_metadata, encode_metadata
+from snapstore._format import decode_metadata
 from snapstore._loading import Loader
+from snapstore._look import Moment, health_at, stats_at
 from snapstore._options import StoreOptions, seconds
-from snapstore._records import Commit, Content, Job
-from snapstore._staging import Placed, stage
+from snapstore._records import Commit, Job
+from snapstore._saving import fulfil, offered
 from snapstore._ticket import SaveTicket
 from snapstore._types import (
     CleanupReport,
@@ -34,9 +38,8 @@ from snapstore._types import (
     StoreHealth,
     StoreStats,
 )
-from snapstore.adapters import adapter_for, adapter_named, devices_of
+from snapstore.adapters import adapter_named
 
-_TOKEN_COUNT_MAX = 2**63 - 1
 _EXIT_JOIN_S = 0.5
 """What the interpreter's exit waits for stores that were not shut down."""
 
@@ -120,34 +123,8 @@ class SnapshotStore:
             SaveFailedError: the tensors' device is stuck or lost, as ``health`` says. RuntimeError: it is capturing.
         """
         self._engine.check_process()
-        key = _checked_key(request_id, token_count)
-        adapter = adapter_for(tensors)
-        specs, sources = adapter.describe(tensors)
-        content = Content(adapter.framework, encode_metadata(metadata))
-        layout = Layout.of(specs)
-        devices = devices_of(adapter.framework, tensors)
-        if devices is not None:
-            placed = Placed(adapter, tuple(tensors.values()), sources, layout, devices, borrow)
-            return self._save_from_devices(key, content, placed)
-        job = self._state.reserve(key, layout.nbytes, content)
-        try:
-            image = stage(adapter, sources, layout, self._engine.pool, borrow=borrow)
-        except BaseException as error:
-            self._state.abandon(job, error)
-            raise
-        ticket = job.ticket
-        if not borrow:
-            ticket._release()
-        self._state.admit(job, image)
-        return ticket
-
-    def _save_from_devices(self, key: SnapshotKey, content: Content, placed: Placed) -> SaveTicket:
-        self._engine.staging.check(key, placed)
-        job = self._state.reserve(key, placed.layout.nbytes, content)
-        self._engine.staging.submit(job, placed)
-        if not placed.borrow:
-            job.ticket._release()
-        return job.ticket
+        offer = offered(self._engine, checked_key(request_id, token_count), tensors, metadata, borrow=borrow)
+        return fulfil(self._engine, offer, self._state.reserve(*offer.wanted))
 
     def load(
         self,
@@ -173,7 +150,8 @@ class SnapshotStore:
             does not have.
         """
         self._engine.check_process()
-        key = _checked_key(request_id, token_count)
+        started_s = time.monotonic()
+        key = checked_key(request_id, token_count)
         if framework is not None:
             adapter_named(framework)
         loader = Loader(self._engine.staging, framework, device)
@@ -190,15 +168,12 @@ class SnapshotStore:
                 break
             except FileNotFoundError as error:
                 if found is missing:
-                    raise SnapshotCorruptError(
-                        f"the file of {key} is gone from {found.info.path}, and not by this store; save it again",
-                        key=key,
-                        path=found.info.path,
-                    ) from error
+                    raise gone(found.info) from error
                 missing = (
                     found  # a cleanup or a later save may have come between the look and the open: look again
                 )
         source: Source = "memory" if isinstance(found, Job) else "disk"
+        self._state.note(f"load_{source}", time.monotonic() - started_s)
         return Snapshot(key, tensors, decode_metadata(metadata_json), source)
 
     # -- look ---------------------------------------------------------------------------------------------------
@@ -206,66 +181,27 @@ class SnapshotStore:
     def has(self, request_id: str, token_count: int) -> bool:
         """True if ``load`` would find it, pending or committed. Never blocks for a disk."""
         self._engine.check_process()
-        return self._state.has(_checked_key(request_id, token_count))
+        return self._state.has(checked_key(request_id, token_count))
 
     def boundaries(self, request_id: str) -> tuple[int, ...]:
         """Token counts of the request's snapshots, ascending, pending and committed. Never blocks for a disk."""
         self._engine.check_process()
-        return self._state.boundaries(_checked_request_id(request_id))
+        return self._state.boundaries(checked_request_id(request_id))
 
     def latest(self, request_id: str, *, at_most: int | None = None) -> int | None:
         """The largest boundary, or the largest that is ``at_most`` so many tokens; ``None`` if there is none."""
         if at_most is not None:
-            _check_token_count(at_most, "at_most")
+            check_token_count(at_most, "at_most")
         fitting = (count for count in self.boundaries(request_id) if at_most is None or count <= at_most)
         return max(fitting, default=None)
 
     def stats(self) -> StoreStats:
         """Counters and sizes of one moment. Takes no lock: never blocks, nor is ever torn."""
-        now, facts = self._state.published, self._engine.staging.facts
-        oldest_s = 0.0 if now.oldest_since_s is None else time.monotonic() - now.oldest_since_s
-        return StoreStats(
-            **{name: value for name, value in now._asdict().items() if name in StoreStats.__slots__},
-            oldest_pending_s=oldest_s,
-            on_devices=facts.on_their_way,
-            leaked_bytes=facts.leaked_bytes,
-            pageable_copies=facts.pageable_copies,
-            pinned_bytes=self._engine.staging.pinned.pinned_bytes,
-        )
+        return stats_at(Moment.of(self._engine))
 
     def health(self) -> StoreHealth:
         """How the store is. Asks neither disk nor device, takes no lock, never blocks."""
-        engine, now, now_s = self._engine, self._state.published, time.monotonic()
-        writing_s = _age_s(now.writing_since_s, now_s)
-        removing_s = _age_s(engine.removing_since_s, now_s)
-        oldest_s = _age_s(now.oldest_since_s, now_s)
-        reasons: list[str] = []
-        status: Any = "ok"
-        if now.last_error is not None:
-            status = "degraded"
-            reasons.append(f"the last write or removal failed: {now.last_error}")
-        for name, taken_s in (("write", writing_s), ("removal", removing_s)):
-            if taken_s > self._options.stuck_after_s:
-                status = "stuck"
-                reasons.append(f"one {name} has taken {taken_s:.1f} s so far")
-        devices = engine.staging.facts.devices
-        for device in devices:
-            if device.status != "ok":
-                status = "stuck" if "stuck" in (status, device.status) else "degraded"
-                reasons.append(f"{device.name} is {device.status}: {device.error}")
-        if now.closing or not engine.writer_alive or not engine.belongs_here:
-            status = "dead"
-            reasons.append(now.closing or "the writer thread is gone")
-        return StoreHealth(
-            status,
-            tuple(reasons),
-            writing_s,
-            oldest_s,
-            now.last_error,
-            now.free_bytes,
-            now.writer_restarts,
-            devices,
-        )
+        return health_at(self._engine, Moment.of(self._engine))
 
     # -- wait ---------------------------------------------------------------------------------------------------
 
@@ -282,7 +218,7 @@ class SnapshotStore:
         back: that save fails.
         """
         self._engine.check_process()
-        return self._drain(_checked_request_id(request_id), seconds(timeout_s, "timeout_s"))
+        return self._drain(checked_request_id(request_id), seconds(timeout_s, "timeout_s"))
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """``drain_request`` for every request."""
@@ -310,7 +246,7 @@ class SnapshotStore:
         Blocks for the disk; ``TimeoutError`` if commit and writer take longer than ``timeout_s``.
         """
         self._engine.check_process()
-        key = _checked_key(request_id, token_count)
+        key = checked_key(request_id, token_count)
         deadline_s = time.monotonic() + seconds(timeout_s, "timeout_s")
         while True:
             held = self._state.hold_commit(key, deadline_s)
@@ -343,12 +279,12 @@ class SnapshotStore:
         """
         self._engine.check_process()
         default_s = self._options.cleanup_request_timeout_s
-        return self._engine.clean([_checked_request_id(request_id)], _timeout(timeout_s, default_s))
+        return self._engine.clean([checked_request_id(request_id)], timeout_or(timeout_s, default_s))
 
     def cleanup_all(self, *, timeout_s: float | None = None) -> CleanupReport:
         """``cleanup_request`` for every request at once, with one wait (``cleanup_all_timeout_s`` by default)."""
         self._engine.check_process()
-        return self._engine.clean(None, _timeout(timeout_s, self._options.cleanup_all_timeout_s))
+        return self._engine.clean(None, timeout_or(timeout_s, self._options.cleanup_all_timeout_s))
 
     def shutdown(self, *, cleanup: bool = False, timeout_s: float | None = None) -> ShutdownReport:
         """End the store within ``timeout_s`` (``shutdown_timeout_s`` by default). Once; later callers get the same report.
@@ -356,10 +292,16 @@ class SnapshotStore:
         Refuses new saves, then writes what is accepted, or with ``cleanup`` forgets everything and removes the session
         directory; then stops its threads. Without ``cleanup`` the files stay, for the next store to adopt or discard.
         """
+        return self.begin_shutdown(cleanup=cleanup, timeout_s=timeout_s).result()
+
+    def begin_shutdown(
+        self, *, cleanup: bool = False, timeout_s: float | None = None
+    ) -> Future[ShutdownReport]:
+        """``shutdown`` without the wait: where its report will be. Not to be cancelled."""
         self._engine.check_process()
-        timeout_s = _timeout(timeout_s, self._options.shutdown_timeout_s)
+        timeout_s = timeout_or(timeout_s, self._options.shutdown_timeout_s)
         self._finalizer.detach()
-        return self._engine.shutdown(cleanup=cleanup, timeout_s=timeout_s)
+        return self._engine.begin_shutdown(cleanup=cleanup, timeout_s=timeout_s)
 
     def __enter__(self) -> SnapshotStore:
         return self
@@ -370,16 +312,22 @@ class SnapshotStore:
         if not self._engine.belongs_here:
             return  # a forked child leaves the block too; the store is its parent's
         report = self.shutdown(cleanup=False)
-        if report.abandoned and error is None:
-            raise ShutdownTimeoutError(
-                f"{len(report.abandoned)} saves were not written in time, the first of them {report.abandoned[0]}; "
-                "call shutdown() yourself for the report",
-                key=report.abandoned[0],
-                path=self.session,
-            )
+        if error is None:
+            check_ending(self, report)
 
     def __repr__(self) -> str:
         return f"<SnapshotStore {self._engine.session.path} {self.health().status}>"
+
+
+def check_ending(store: SnapshotStore, report: ShutdownReport) -> None:
+    """``ShutdownTimeoutError`` at the end of a ``with`` block that would leave saves unwritten in silence."""
+    if report.abandoned:
+        raise ShutdownTimeoutError(
+            f"{len(report.abandoned)} saves were not written in time, the first of them {report.abandoned[0]}; "
+            "call shutdown() yourself for the report",
+            key=report.abandoned[0],
+            path=store.session,
+        )
 
 
 def shutdown_all(
@@ -449,36 +397,6 @@ def _at_exit() -> None:
         unwritten = engine.join_briefly(max(0.0, deadline_s - time.monotonic()))
         if unwritten:
             _log.warning("%d saves of %s were not written before exit", unwritten, engine.session.path)
-
-
-def _age_s(since_s: float | None, now_s: float) -> float:
-    return 0.0 if since_s is None else max(0.0, now_s - since_s)
-
-
-def _checked_key(request_id: str, token_count: int) -> SnapshotKey:
-    _check_token_count(token_count, "token_count")
-    return SnapshotKey(_checked_request_id(request_id), token_count)
-
-
-def _checked_request_id(request_id: str) -> str:
-    if not isinstance(request_id, str):
-        raise TypeError(f"request_id must be a str, not {type(request_id).__name__}")
-    try:
-        request_id.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"request_id can not be encoded as UTF-8: {error}") from error
-    return request_id
-
-
-def _check_token_count(value: int, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if not 0 <= value <= _TOKEN_COUNT_MAX:
-        raise ValueError(f"{name} must be between 0 and 2^63 - 1, not {value}")
-
-
-def _timeout(given_s: float | None, default_s: float) -> float:
-    return default_s if given_s is None else seconds(given_s, "timeout_s")
 
 
 def _ended(ticket: SaveTicket, timeout_s: float | None) -> bool:

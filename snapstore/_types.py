@@ -98,6 +98,7 @@ class ShutdownReport:
         session_removed: the session directory is gone.
         errors: what went wrong on the way, in words.
         waited_s: seconds that it took.
+        leaked_bytes: memory that is kept because a device may still touch it.
     """
 
     committed: int
@@ -109,6 +110,7 @@ class ShutdownReport:
     session_removed: bool
     errors: tuple[str, ...]
     waited_s: float
+    leaked_bytes: int = 0
 
     @property
     def clean(self) -> bool:
@@ -120,9 +122,9 @@ class ShutdownReport:
 class StoreStats:
     """One moment of a store. ``accepted == committed + cancelled + failed + pending``, in jobs and in bytes.
 
-    Bytes are tensor bytes, but ``session_bytes`` and ``trash_bytes``, which are blocks on disk. The last four are of one
-    moment of the devices: saves that wait for a device's copy, memory kept for a device that may still touch it, copies
-    that went through memory that was not pinned, and host memory that is.
+    Bytes are tensor bytes, but ``session_bytes`` and ``trash_bytes``, which are blocks on disk. The last four are of
+    the devices, at a moment of their own: saves that wait for a device's copy, memory kept because a device may still
+    touch it, copies that went through memory that was not pinned, and host memory that is.
     """
 
     accepted: int
@@ -153,9 +155,10 @@ class StoreStats:
 
 @dataclass(frozen=True, slots=True)
 class DeviceHealth:
-    """How a device's copies are. ``stuck``: none came for ``device_timeout_s``, until one does; ``lost``: none ever will.
+    """How a device's copies are. ``stuck``: none came for ``device_timeout_s``; ``lost``: none ever will.
 
-    Saves of a device that is not ``ok`` fail at once. ``leaked_bytes`` of it are kept, since it may still touch them.
+    A stuck device is ``ok`` again when one comes after all. Saves of a device that is not ``ok`` fail at once.
+    ``leaked_bytes`` of it are kept, since it may still touch them.
     """
 
     name: str
@@ -168,9 +171,9 @@ class DeviceHealth:
 class StoreHealth:
     """How the store is, without asking the disk or the device.
 
-    ``ok``; ``degraded``: the last write failed, or a device is lost, saves are still taken; ``stuck``: one write has been
-    in the writer's hand for more than ``stuck_after_s``, or a device reached nothing for ``device_timeout_s``; ``dead``:
-    shut down, or the writer thread is gone for good.
+    ``ok``; ``degraded``: the last write failed, or a device is lost, saves are still taken; ``stuck``: one write has
+    been in the writer's hand for more than ``stuck_after_s``, or a device reached nothing for ``device_timeout_s``;
+    ``dead``: shut down, or the writer thread is gone for good.
     """
 
     status: HealthStatus

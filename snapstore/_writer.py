@@ -135,12 +135,14 @@ class Writer:
         earlier = self._keep_earlier(final)
         try:
             self._files.rename(temporary, final)
-            self._files.sync_directory(os.path.dirname(final))
-        except BaseException:
-            self._put_back(earlier, final)
-            raise
-        if earlier is not None:
-            self._discard(earlier)
+            try:
+                self._files.sync_directory(os.path.dirname(final))
+            except BaseException:
+                self._put_back(earlier, final)
+                raise
+        finally:
+            if earlier is not None:
+                self._discard(earlier)  # also where it was put back: then it is gone
 
     def _keep_earlier(self, final: str) -> str | None:
         """A second name for the file that is about to be replaced; ``None`` if there is none, or no links here."""

@@ -5,6 +5,7 @@ The functions that take a ``Talk`` run in a child process (see ``processes``); t
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -13,12 +14,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from helpers import assert_same, tensors
 from processes import PATIENCE_S, Talk
 
-from snapstore import SaveTicket, SnapshotNotFoundError, SnapshotStore, StoreOptions
+from snapstore import SaveFailedError, SaveTicket, SnapshotNotFoundError, SnapshotStore, StoreOptions
 from snapstore.testing import FaultyFileSystem
 
 Key = tuple[str, int]
@@ -42,7 +44,7 @@ def version_of(store: SnapshotStore, key: Key) -> int | None:
     """Which version of the key is there, after a look at every bit of it; ``None``: none."""
     try:
         snapshot = store.load(*key)
-    except SnapshotNotFoundError:
+    except (SnapshotNotFoundError, SaveFailedError):
         return None
     assert_same(snapshot, content(key, snapshot.metadata))
     return int(snapshot.metadata)
@@ -68,6 +70,18 @@ def wait_until(predicate: Callable[[], object]) -> None:
     while not predicate():
         assert time.monotonic() < deadline_s, "it never came to be"
         time.sleep(0.001)
+
+
+def assert_adoptable(root: Path, may_be: dict[Key, set[int | None]]) -> None:
+    """Whole or not there; what must be there is; and afterwards nothing is left beside the session that has it."""
+    store = SnapshotStore(root, StoreOptions(leftovers="adopt"))
+    found = everything_in(store, set(may_be))
+    assert all(version in may_be[key] for key, version in found.items()), found
+    wait_until(lambda: sessions_in(root) == [store.session])
+    assert save(store, ("next", 1), 0).result(PATIENCE_S)
+    report = store.shutdown(cleanup=True)
+    assert report.clean and report.session_removed, report
+    assert sessions_in(root) == []
 
 
 # -- actions ----------------------------------------------------------------------------------------------------------
@@ -116,9 +130,10 @@ def clean_one_request(stage: Stage) -> None:
 
 
 def let_sweeper_finish(store: SnapshotStore) -> None:
-    """Until it has looked at all that it was given; what would not go stays in its trash."""
-    store._state.ask_sweeper()
-    wait_until(lambda: store._engine.removing_since_s is None)
+    """Until it has looked at all that it was given. It takes a second request when it is done with the first."""
+    for _ in range(2):
+        store._state.ask_sweeper()
+        wait_until(lambda: not store._state._sweep_asked)
 
 
 def shut_down(stage: Stage) -> None:
@@ -179,6 +194,12 @@ def stage_for(action: Action, root: str | Path) -> Stage:
     return stage
 
 
+CHANGING = frozenset(
+    "close create link lock make_directory open_lock rename remove_directory sync_data sync_directory tighten unlink write".split()
+)
+"""Operations that change what a kill leaves behind. One before any other leaves what one before the next of these does."""
+
+
 def spots_of(calls: list[str]) -> list[Spot]:
     """Every operation of an action that went through undisturbed, in order."""
     return [Spot(operation, calls[:index].count(operation)) for index, operation in enumerate(calls)]
@@ -188,8 +209,8 @@ def spots_of(calls: list[str]) -> list[Spot]:
 
 
 def dies_with_snapshots(talk: Talk, root: str, request_ids: list[str] | None = None) -> None:
-    """Leaves a session without an owner behind, as a crash does."""
-    store = SnapshotStore(root)
+    """Leaves a session without an owner behind, as a crash does, and others' leftovers as they are."""
+    store = SnapshotStore(root, StoreOptions(leftovers="keep"))
     keys = BEFORE if request_ids is None else {(request_id, 1): 0 for request_id in request_ids}
     for key, version in keys.items():
         save(store, key, version).result(PATIENCE_S)
@@ -211,3 +232,56 @@ def acts(talk: Talk, root: str, action: str, operation: str | None = None, skip:
     ACTIONS[action].act(stage)
     talk.say("done", json.dumps([call.operation for call in stage.files.calls[before:]]))
     _NEVER.wait()
+
+
+def hammers(talk: Talk, root: str, seed: int) -> None:
+    """Four threads save, replace, load and clean until the process is killed; what they have done is said as it is done.
+
+    Before and after: ``saving`` and ``committed REQUEST TOKENS VERSION``, ``cleaning`` and ``cleaned REQUEST``.
+    """
+    store = SnapshotStore(root, StoreOptions(leftovers="adopt", max_pending_jobs=8))
+
+    def hammer(number: int) -> None:
+        random = Random(seed * 10 + number)
+        for version in itertools.count(1):
+            request_id = f"{number}-{random.randrange(3)}"
+            for token_count in range(random.randrange(1, 4)):
+                talk.say("saving", request_id, token_count, version)
+                save(store, (request_id, token_count), version).result(PATIENCE_S)
+                talk.say("committed", request_id, token_count, version)
+            if random.random() < 0.3:
+                talk.say("cleaning", request_id)
+                if store.cleanup_request(request_id, timeout_s=PATIENCE_S).clean:
+                    talk.say("cleaned", request_id)
+
+    talk.say("hammering")
+    for number in range(4):
+        threading.Thread(target=hammer, args=(number,), daemon=True).start()
+    _NEVER.wait()
+
+
+def starts_with_others(talk: Talk, root: str, name: str) -> None:
+    """Opens when told, works, says which leftovers it has renamed aside, and leaves when told."""
+    files = FaultyFileSystem()
+    talk.say("ready")
+    talk.hear()
+    store = SnapshotStore(root, file_system=files)
+    for token_count in range(3):
+        save(store, (name, token_count), 0).result(PATIENCE_S)
+    let_sweeper_finish(store)
+    found = [version_of(store, (name, token_count)) for token_count in range(3)]
+    renamed = [call.paths[0] for call in files.calls if call.operation == "rename" and ".dead-" in call.paths[1]]
+    talk.say("worked", json.dumps({"found": found, "reclaimed": [Path(path).name for path in renamed]}))
+    talk.hear()
+    report = store.shutdown(cleanup=True)
+    talk.say("left", report.clean, report.session_removed, *report.errors)
+
+
+def holds_a_store(talk: Talk, root: str) -> None:
+    """Until told to end."""
+    store = SnapshotStore(root)
+    for key, version in BEFORE.items():
+        save(store, key, version).result(PATIENCE_S)
+    talk.say(store.session.name)
+    talk.hear()
+    talk.say(store.shutdown().clean)

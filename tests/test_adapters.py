@@ -33,7 +33,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from snapstore import UnsupportedTensorError
 from snapstore._format import ITEM_BYTES, Layout, TensorSpec
-from snapstore.adapters import _mlx, _numpy, _torch, adapter_for, adapter_named
+from snapstore.adapters import _mlx, _numpy, _torch, adapter_for, adapter_named, place
 
 CALLED = """
 BOOL        bool_           bool            bool_
@@ -588,6 +588,20 @@ def test_torch_tensors_load_on_the_host_whatever_the_default_device() -> None:
     }
 
 
+def test_torch_copies_all_scattered_tensors_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (calls.append(name), function(*args, **kwargs))[1]
+
+    for name in ("frombuffer", "_foreach_copy_"):
+        monkeypatch.setattr(torch, name, counted(name, getattr(torch, name)))
+    tensors = {str(number): made("torch", "BF16", (100, 60), number).mT for number in range(48)}
+    layout, buffer = host_copy(tensors)
+    assert calls == ["frombuffer", "_foreach_copy_"]
+    assert segments(layout, buffer) == {name: bytes_of(tensor) for name, tensor in tensors.items()}
+
+
 class Elsewhere(torch.Tensor):
     """Stands for a tensor on a device: torch can copy it, and its memory is not to be read."""
 
@@ -714,6 +728,14 @@ def test_mlx_lazy_arrays_are_described_lazily_and_evaluated_for_their_bytes() ->
     assert specs == [TensorSpec("sum", "F32", (1 << 20,)), TensorSpec("cast", "BF16", (1 << 20,))]
     views, _keeps = adapter.view(sources)
     assert [bytes(view) for view in views] == [bytes_of(tensor) for tensor in tensors.values()]
+
+
+def test_mlx_evaluates_all_arrays_of_a_save_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    evaluate = mx.eval
+    monkeypatch.setattr(mx, "eval", lambda arrays: (calls.append(len(arrays)), evaluate(arrays)))
+    _mlx.ADAPTER.view([mx.arange(each) + 1 for each in range(48)])
+    assert calls == [48]
 
 
 def test_mlx_views_of_evaluated_arrays_are_their_own_memory() -> None:
@@ -916,7 +938,36 @@ def test_after_a_copy_nothing_holds_the_buffer(framework: str) -> None:
     assert area.closed
 
 
+def test_only_mlx_views_stay_as_they_are() -> None:
+    assert {name: adapter_named(name).frozen_views for name in FRAMEWORKS} == {
+        "numpy": False,
+        "torch": False,
+        "mlx": True,
+    }
+
+
 # --- the GIL ---
+
+
+class Recorder:
+    """Takes what a memoryview takes, and notes how much at a time."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __getitem__(self, where: slice) -> Recorder:
+        return self
+
+    def __setitem__(self, where: slice, source: memoryview) -> None:
+        self.sizes.append(len(source))
+
+
+@pytest.mark.parametrize("nbytes", [0, 5, 1 << 20, (1 << 20) + 1, (5 << 20) + 3])
+def test_no_call_copies_more_than_a_megabyte(nbytes: int) -> None:
+    recorder: Any = Recorder()
+    place(host_memory(nbytes), recorder, 16)
+    assert sum(recorder.sizes) == nbytes
+    assert max(recorder.sizes) <= 1 << 20
 
 
 @contextmanager
@@ -949,13 +1000,13 @@ def hungry_thread() -> Iterator[Callable[[], int]]:
 HELD: dict[str, Callable[[], Any]] = {
     "torch": lambda: made("torch", "BF16", (170, 1000)),
     "torch large": lambda: made("torch", "F32", (1300, 1000)),
-    "torch windows": lambda: made("torch", "BF16", (8, 120, 128))[:, 3:],
+    "torch windows": lambda: transposed(made("torch", "BF16", (8, 1, 120, 4, 32)), 0, 2, 1, 3, 4)[:, 3:],
     "torch parameters": lambda: torch.nn.Parameter(made("torch", "F32", (170, 1000))),
     "numpy": lambda: made("numpy", "BF16", (170, 1000)),
     "torch long rows": lambda: made("torch", "U8", (2, 1_200_000))[:, 1:],
     "numpy long rows": lambda: made("numpy", "U8", (2, 1_200_000))[:, 1:],
     "numpy large": lambda: made("numpy", "F32", (1300, 1000)),
-    "numpy windows": lambda: made("numpy", "BF16", (8, 120, 128))[:, 3:],
+    "numpy windows": lambda: transposed(made("numpy", "BF16", (8, 1, 120, 4, 32)), 0, 2, 1, 3, 4)[:, 3:],
     "numpy short rows": lambda: made("numpy", "BF16", (1300, 128))[:, :100],
     "numpy turned": lambda: made("numpy", "F32", (170, 1000)).T,
     "numpy backwards": lambda: made("numpy", "F32", (170, 1000))[::-1, ::-1],

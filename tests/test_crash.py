@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 from processes import Processes
-from scenarios import ACTIONS, Spot, everything_in, sessions_in, spots_of, wait_until
+from scenarios import (
+    ACTIONS,
+    CHANGING,
+    Key,
+    Spot,
+    assert_adoptable,
+    everything_in,
+    sessions_in,
+    spots_of,
+    wait_until,
+)
 
 from snapstore import SnapshotStore, StoreOptions
 
@@ -44,18 +57,6 @@ def killed_at(processes: Processes, action: str, root: Path, spot: Spot) -> bool
     return said == "stopped"
 
 
-def assert_adoptable(root: Path, action: str) -> None:
-    """Whole or not there; what must be there is; and afterwards nothing is left beside the session that has it."""
-    may_be = ACTIONS[action].may_be
-    store = SnapshotStore(root, ADOPT)
-    found = everything_in(store, set(may_be))
-    assert all(version in may_be[key] for key, version in found.items()), found
-    wait_until(lambda: sessions_in(root) == [store.session])
-    assert store.save("next", 1, {}).result(10)
-    assert store.shutdown(cleanup=True).clean
-    assert sessions_in(root) == []
-
-
 def assert_discardable(root: Path, action: str) -> None:
     store = SnapshotStore(root, DISCARD)
     found = everything_in(store, set(ACTIONS[action].may_be))
@@ -66,22 +67,76 @@ def assert_discardable(root: Path, action: str) -> None:
 
 
 @pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.crash)])
 def test_a_kill_at_any_operation_leaves_nothing_in_doubt(
-    processes: Processes, tmp_path: Path, action: str
+    processes: Processes, tmp_path: Path, action: str, every: bool
 ) -> None:
+    """A kill before an operation that changes nothing leaves what one before the next that does leaves."""
+    found = spots(processes, action, tmp_path / "undisturbed")
+    chosen = [spot for spot in found if every or spot.operation in CHANGING]
     reached = 0
-    all_spots = spots(processes, action, tmp_path / "undisturbed")
-    for number, spot in enumerate(all_spots):
-        root = tmp_path / f"killed-{number}"
+    for number, spot in enumerate(chosen):
+        root, copy = tmp_path / f"{number}", tmp_path / f"{number}-copy"
         reached += killed_at(processes, action, root, spot)
-        copy = tmp_path / f"killed-{number}-copy"
-        if root.exists():
-            shutil.copytree(root, copy)
+        shutil.copytree(root, copy) if root.exists() else None
         try:
-            assert_adoptable(root, action)
+            assert_adoptable(root, ACTIONS[action].may_be)
             assert_discardable(copy, action)
         except BaseException as error:
             error.args = (f"killed at {spot}: {error}",)
             raise
         shutil.rmtree(root), shutil.rmtree(copy)
-    assert reached >= 0.8 * len(all_spots), f"{reached} of {len(all_spots)} operations were reached"
+    assert reached >= 0.8 * len(chosen), f"{reached} of {len(chosen)} operations were reached"
+
+
+def after(lines: list[str], before: dict[Key, set[int | None]]) -> dict[Key, set[int | None]]:
+    """What may be there after the end of a process that said this."""
+    may_be = dict(before)
+    for word, request_id, *rest in map(str.split, lines):
+        numbers = [int(each) for each in rest]
+        own = [key for key in may_be if key[0] == request_id]
+        if word == "saving":
+            may_be[request_id, numbers[0]] = may_be[request_id, numbers[0]] | {numbers[1]}
+        elif word == "committed":
+            may_be[request_id, numbers[0]] = {numbers[1]}
+        else:
+            may_be.update({key: may_be[key] | {None} if word == "cleaning" else {None} for key in own})
+    return may_be
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.crash)])
+def test_kills_at_random_times_under_load_lose_nothing_that_was_committed(
+    processes: Processes, tmp_path: Path, kills: int
+) -> None:
+    """The root goes from hand to hand: each process adopts what was left, and a store here after each kill."""
+    random = Random(kills)
+    keys = {(f"{number}-{request}", count) for number in range(4) for request in range(3) for count in range(3)}
+    may_be: dict[Key, set[int | None]] = {key: {None} for key in keys}
+    root, copy = tmp_path / "root", tmp_path / "copy"
+    said: Counter[str] = Counter()
+    for number in range(kills):
+        child = processes.start("hammers", root=str(root), seed=number)
+        assert child.says() == "hammering"
+        threading.Event().wait(random.random() * 0.1)
+        child.kill()
+        lines = child.all_it_said()
+        assert not any(line.startswith("error") for line in lines), lines[-1]
+        said.update(line.split()[0] for line in lines)
+        may_be = after(lines, may_be)
+        shutil.copytree(root, copy)
+        assert set(opened_and_left(copy, DISCARD, keys).values()) == {None}
+        shutil.rmtree(copy)
+        found = opened_and_left(root, ADOPT, keys)
+        wrong = {key: (found[key], may_be[key]) for key in keys if found[key] not in may_be[key]}
+        assert not wrong, wrong
+        may_be = {key: {version} for key, version in found.items()}
+    assert said["committed"] > kills and said["cleaned"] > kills / 10, f"the load was no load: {said}"
+
+
+def opened_and_left(root: Path, options: StoreOptions, keys: set[Key]) -> dict[Key, int | None]:
+    """What a fresh store finds, with nobody else's session beside it in the end."""
+    store = SnapshotStore(root, options)
+    found = everything_in(store, keys)
+    wait_until(lambda: sessions_in(root) == [store.session])
+    assert store.shutdown().clean
+    return found

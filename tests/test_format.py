@@ -604,7 +604,6 @@ WRONG = {
     "a key twice in an entry": '{"a":{"dtype":"U8","dtype":"U8","shape":[2],"data_offsets":[0,2]}}',
     "metadata twice": '{"__metadata__":{},"__metadata__":{}}',
     "a metadata key twice": '{"__metadata__":{"a":"1","a":"1"}}',
-    "metadata null": '{"__metadata__":null}',
     "metadata a list": '{"__metadata__":[]}',
     "a metadata value that is no string": '{"__metadata__":{"a":1}}',
     "an unknown field": '{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2],"x":1}}',
@@ -956,3 +955,9 @@ def test_none_and_small_metadata_cost_microseconds() -> None:
         encode_metadata(None)
         encode_metadata(small)
     assert (time.perf_counter() - started_s) / 1000 < 0.001
+
+
+def test_metadata_that_is_null_is_none_at_all():
+    """As ``mx.save_safetensors`` writes it where there is none."""
+    raw = framed('{"__metadata__":null}')
+    assert decode_header(raw, len(raw)).facts is None

@@ -21,7 +21,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "snapstore"
 
 LAYERS: tuple[dict[str, set[str]], ...] = (
     # Each module of a layer, with the modules of the same layer that it may import; lower layers are open to all of it.
-    {"_types": set(), "_options": set(), "_errors": {"_types"}, "_ticket": {"_types"}},
+    {
+        "_types": set(),
+        "_options": set(),
+        "_errors": {"_types"},
+        "_ticket": {"_types"},
+        "_arguments": {"_options", "_types"},
+    },
     {
         "_paths": set(),
         "_files": set(),
@@ -33,7 +39,9 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         "_pinned": {"_device", "_memory"},
         "_owner": {"_files", "_paths"},
         "_reader": {"_checksum", "_files", "_format", "_memory"},
-        "adapters": {"_format", "_memory"},
+        "_latency": set(),
+        "_reasons": {"_device"},
+        "adapters": {"_device", "_format", "_memory"},
     },
     {
         "_records": set(),
@@ -46,14 +54,18 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         "_writer": set(),
         "_cleanup": set(),
         "_staging": set(),
+        "_loading": {"_staging"},
+        "_committed": set(),
         "_detach": set(),
-        "_engine": {"_cleanup", "_writer"},
+        "_engine": {"_cleanup", "_staging", "_writer"},
+        "_look": {"_engine"},
+        "_saving": {"_engine", "_staging"},
     },
     {"_store": set(), "__init__": {"_store"}},
     {
         "_maintenance": set(),
         "aio": set(),
-        "asgi": {"aio", "metrics"},
+        "asgi": {"_maintenance", "aio", "metrics"},
         "caches": set(),
         "cli": {"_maintenance", "asgi", "demo"},
         "__main__": {"cli"},

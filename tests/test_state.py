@@ -32,6 +32,7 @@ from snapstore import (
     _state,
 )
 from snapstore._format import Layout, TensorSpec
+from snapstore._latency import Reasons
 from snapstore._memory import HostImage
 from snapstore._records import Commit, Content, Job, Life, Published
 from snapstore._state import State
@@ -54,6 +55,8 @@ class Script:
         self.now_s = 1000.0
         self.steps: deque[Callable[[], object]] = deque()
         self.waits = 0
+        self.timeouts = 0
+        self.timeouts_foreseen = 0
         self.Lock = threading.Lock
         self.Condition = partial(ScriptedCondition, self)
 
@@ -63,6 +66,10 @@ class Script:
     def meanwhile(self, *steps: Callable[[], object]) -> None:
         """One step for each of the waits to come."""
         self.steps.extend(steps)
+
+    def foresee_timeouts(self, count: int) -> None:
+        """So many waits will end by their time-outs; any other must be ended by a wake."""
+        self.timeouts_foreseen = count
 
     def pass_time(self, seconds: float) -> None:
         self.now_s += seconds
@@ -96,6 +103,7 @@ class ScriptedCondition:
             return True
         if timeout is None:
             raise WaitsForEverError
+        self._script.timeouts += 1
         self._script.now_s = max(self._script.now_s, started_s + timeout)
         return False
 
@@ -229,6 +237,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
     monkeypatch.setattr(_state, "time", script)
     yield script
     assert not script.steps, "the test foresaw a wait that did not come"
+    assert script.timeouts == script.timeouts_foreseen
 
 
 @pytest.fixture
@@ -317,8 +326,10 @@ def test_a_later_save_of_a_key_cancels_the_queued_one(hands: Hands) -> None:
 def test_abandon_rest_cancels_what_is_queued_now_and_what_is_staged_when_it_comes(hands: Hands) -> None:
     writing, queued, staged = hands.start("a"), hands.queue("b"), hands.reserve("c")
     hands.state.close("over")
+    assert hands.now.closing == "over"
     assert hands.state.abandon_rest() == (writing.key, queued.key, staged.key)
     assert hands.is_settled(queued, SaveState.CANCELLED)
+    assert (hands.now.cancelled, hands.now.pending, hands.now.live_requests) == (1, 2, 2)
     with pytest.raises(SaveCancelledError, match="shut down before its turn"):
         queued.ticket.result(0)
     assert staged.ticket.state is SaveState.STAGING and writing.ticket.state is SaveState.WRITING
@@ -647,6 +658,7 @@ def test_2_a_detach_waits_no_longer_than_its_deadline(hands: Hands, script: Scri
     hands.start("a", 2)
     hands.queue("b")
     started_s = script.now_s
+    script.foresee_timeouts(1)
     script.meanwhile(lambda: (script.pass_time(3), hands.clean("b")))
     with pytest.raises(TimeoutError, match="not detached"):
         hands.state.hold_commit(SnapshotKey("a", 1), started_s + 5)
@@ -807,7 +819,7 @@ def test_6_a_rejected_save_leaves_no_trace(script: Script) -> None:
     before = hands.now
     with pytest.raises(StoreFullError) as caught:
         hands.reserve("b", 2, 7)
-    assert hands.now == before._replace(rejected=1, rejected_bytes=7)
+    assert hands.now == before._replace(rejected=1, rejected_bytes=7, rejections=Reasons((("full", 1, 7),)))
     assert hands.state.boundaries("b") == () and hands.finds_nothing("b", 2)
     assert hands.clean("b").lives == []
     error = caught.value
@@ -829,6 +841,7 @@ def test_6_a_save_waits_for_room_at_most_its_time(script: Script) -> None:
     hands = Hands(max_pending_jobs=1, save_timeout_s=2.0)
     hands.start("a")
     started_s = script.now_s
+    script.foresee_timeouts(1)
     script.meanwhile(
         lambda: (script.pass_time(1.5), hands.clean("c")), lambda: (script.pass_time(0.25), hands.clean("c"))
     )
@@ -864,6 +877,7 @@ def test_6_a_small_save_does_not_overtake_a_large_one_that_waits(script: Script)
         with pytest.raises(StoreFullError):
             hands.reserve("small", nbytes=1)
 
+    script.foresee_timeouts(1)
     script.meanwhile(try_to_overtake, lambda: hands.commit(job))
     assert hands.reserve("large", nbytes=100).ticket.state is SaveState.STAGING
     assert (hands.now.accepted, hands.now.rejected) == (2, 1)
@@ -901,6 +915,97 @@ def test_6_first_come_first_served(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not saver.is_alive()
     by_acceptance = sorted(accepted, key=lambda job: job.sequence)
     assert [job.key.request_id for job in by_acceptance] == ["large", "small", "smaller"]
+
+
+def test_6_a_turn_is_a_reserve_for_those_who_must_not_block(script: Script) -> None:
+    hands = Hands(max_pending_jobs=1, save_timeout_s=2.0)
+    job = hands.start("a")
+    turn = hands.state.queue_up(SnapshotKey("b", 1), 10, CONTENT)
+    assert hands.state.enter(turn) is None
+    assert (hands.now.accepted, hands.now.live_requests) == (1, 2)
+    hands.commit(job)
+    entered = hands.state.enter(turn)
+    assert entered is not None and entered.ticket.state is SaveState.STAGING and entered.life is turn.life
+    hands.state.leave(turn)
+    assert hands.admit(entered) and hands.find("b") is entered
+    assert (hands.now.accepted, hands.now.rejected, script.waits) == (2, 0, 0)
+
+
+def test_6_a_turn_ends_at_its_deadline_and_leaves_no_trace(script: Script) -> None:
+    hands = Hands(max_pending_jobs=1, save_timeout_s=2.0)
+    hands.start("a")
+    before = hands.now
+    turn = hands.state.queue_up(SnapshotKey("b", 1), 10, CONTENT)
+    script.pass_time(1.9)
+    assert hands.state.enter(turn) is None
+    script.pass_time(0.1)
+    with pytest.raises(StoreFullError) as caught:
+        hands.state.enter(turn)
+    assert caught.value.waited_s == 2.0
+    hands.state.leave(turn, caught.value)
+    assert hands.now == before._replace(rejected=1, rejected_bytes=10, rejections=Reasons((("full", 1, 10),)))
+
+
+def test_6_a_turn_that_is_given_up_lets_the_next_one_go(script: Script) -> None:
+    """Neither a save that blocks nor one that does not overtakes one that came before it."""
+    hands = Hands(max_pending_bytes=100, save_timeout_s=2.0)
+    hands.start("a", nbytes=60)
+    large = hands.state.queue_up(SnapshotKey("large", 1), 100, CONTENT)
+    small = hands.state.queue_up(SnapshotKey("small", 1), 1, CONTENT)
+    assert hands.state.enter(small) is None, "it fits, and is not the first"
+    script.meanwhile(lambda: hands.state.leave(large), lambda: hands.state.leave(small))
+    assert hands.reserve("last", nbytes=1).ticket.state is SaveState.STAGING
+    assert script.waits == 2 and hands.now.rejected == 0 and hands.now.live_requests == 2
+
+
+@pytest.mark.parametrize("which", [("b",), ()], ids=["its request", "all"])
+def test_6_a_cleanup_or_a_close_ends_a_turn(script: Script, which: tuple[str, ...]) -> None:
+    hands = Hands(max_pending_jobs=1)
+    hands.start("a")
+    first = hands.state.queue_up(SnapshotKey("b", 1), 10, CONTENT)
+    hands.clean(*which)
+    with pytest.raises(SaveCancelledError):
+        hands.state.enter(first)
+    hands.state.leave(first)
+    second = hands.state.queue_up(SnapshotKey("b", 1), 10, CONTENT)
+    assert second.life.generation > first.life.generation
+    hands.state.close("over")
+    with pytest.raises(StoreClosedError):
+        hands.state.enter(second)
+    hands.state.leave(second)
+    with pytest.raises(StoreClosedError):
+        hands.state.queue_up(SnapshotKey("b", 1), 10, CONTENT)
+
+
+def test_6_bells_ring_outside_the_lock_after_whatever_may_end_a_wait(hands: Hands) -> None:
+    rung: list[int] = []
+
+    def rings(act: Callable[..., object], *args: object) -> bool:
+        before = len(rung)
+        act(*args)
+        return len(rung) > before
+
+    with hands.state.watched(lambda: rung.append(len(hands.state.tickets()))):
+        job = hands.reserve("a", 1)
+        assert rings(hands.admit, job)
+        hands.claim()
+        assert rings(hands.commit, job)
+        assert rings(hands.state.abandon, hands.reserve("a", 2), ValueError("copy"))
+        assert rings(hands.clean, "a")
+        assert hands.state.take_dirt() == [job.life]
+        assert rings(hands.state.not_swept, job.life, OSError("busy"))
+        assert rings(hands.state.swept, job.life, 0)
+        assert rings(hands.state.leave, hands.state.queue_up(SnapshotKey("b", 1), 1, CONTENT))
+        assert rings(hands.state.fail, hands.start("b"), OSError("disk"))
+        job = hands.start("b")
+        hands.clean("b")
+        assert rings(hands.state.finish_cancelled, job)
+        hands.start("b")
+        assert rings(lambda: hands.state.writer_died(KeyError("bug"), for_good=False))
+        assert rings(lambda: hands.state.sweeper_died(KeyError("bug"), for_good=False))
+        assert rings(hands.state.close, "over")
+        assert rings(hands.state.abandon_rest)
+    assert not rings(hands.clean)
 
 
 @pytest.mark.parametrize("which", [("b",), ()], ids=["its request", "all"])
@@ -946,7 +1051,8 @@ def test_6_the_session_limit_counts_files_trash_and_what_is_pending(script: Scri
     with pytest.raises(DiskQuotaError):
         hands.reserve("c", nbytes=31)
     hands.state.freed(50)
-    assert hands.reserve("c", nbytes=80) and hands.now.trash_bytes == 0
+    assert hands.now.trash_bytes == 0
+    assert hands.reserve("c", nbytes=80)
     assert (hands.now.rejected, hands.now.rejected_bytes) == (2, 62)
 
 
@@ -1165,10 +1271,19 @@ def test_9_a_dead_life_goes_to_the_sweeper_at_once_when_nobody_holds_it(hands: H
     job = hands.write()
     cleanup = hands.clean("a")
     assert cleanup.lives == [job.life] and not job.life.swept
+    assert (hands.now.session_bytes, hands.now.trash_bytes) == (0, 100), "forgotten, and not yet free"
     assert hands.state.take_dirt() == [job.life]
     hands.state.swept(job.life, 100)
     assert job.life.swept and hands.now.trash_bytes == 100
     assert hands.clean("a").lives == []
+
+
+def test_9_a_directory_that_was_gone_already_leaves_nothing_in_the_trash(hands: Hands) -> None:
+    job = hands.write()
+    hands.clean("a")
+    assert hands.state.take_dirt() == [job.life]
+    hands.state.swept(job.life, 0)
+    assert hands.now.trash_bytes == 0
 
 
 def test_9_a_life_that_never_reached_the_disk_needs_no_sweeping(hands: Hands) -> None:
@@ -1235,6 +1350,7 @@ def test_9_a_life_that_only_a_wait_for_room_kept_ends_with_it(script: Script) ->
     hands.write("a", 1)
     hands.start("b")
     life, _ = hands.hold("a", 1)
+    script.foresee_timeouts(1)
     script.meanwhile(lambda: hands.state.end_hold(life))
     with pytest.raises(StoreFullError):
         hands.reserve("a", 2)
@@ -1273,15 +1389,17 @@ def test_9_a_cleanup_that_times_out_says_what_the_writer_holds(hands: Hands, scr
     hands.start("a", 2)
     lives = hands.clean().lives
     started_s = script.now_s
+    script.foresee_timeouts(1)
     script.meanwhile(hands.sweep)
     assert hands.state.await_swept(lives, 2.0) == 1
     assert script.now_s == started_s + 2.0 and hands.now.cleanup_timeouts == 1
     assert [life.swept for life in lives] == [False, True]
 
 
-def test_9_what_a_detach_holds_is_not_the_writers(hands: Hands) -> None:
+def test_9_what_a_detach_holds_is_not_the_writers(hands: Hands, script: Script) -> None:
     hands.write("a", 1)
     hands.hold("a", 1)
+    script.foresee_timeouts(1)
     assert hands.state.await_swept(hands.clean("a").lives, 0.5) == 0
     assert hands.now.cleanup_timeouts == 1
 
@@ -1292,6 +1410,18 @@ def test_9_a_cleanup_that_does_not_wait_counts_no_timeout(hands: Hands, script: 
     assert hands.state.await_swept(hands.clean("a").lives, 0) == 1
     assert script.now_s == started_s and hands.now.cleanup_timeouts == 0
     assert hands.state.await_swept([], 0) == 0
+
+
+def test_9_a_cleanup_that_waits_in_another_way_counts_its_timeout_too(hands: Hands) -> None:
+    job = hands.start("a")
+    lives = hands.clean("a").lives
+    assert not lives[0].settled
+    assert hands.state.end_cleanup(lives, waited=False) == 1 and hands.now.cleanup_timeouts == 0
+    assert hands.state.end_cleanup(lives, waited=True) == 1 and hands.now.cleanup_timeouts == 1
+    hands.state.finish_cancelled(job)
+    hands.sweep()
+    assert lives[0].settled
+    assert hands.state.end_cleanup(lives, waited=True) == 0 and hands.now.cleanup_timeouts == 1
 
 
 def test_9_a_cleanup_waits_also_for_what_an_earlier_one_left(hands: Hands) -> None:
@@ -1474,6 +1604,7 @@ def test_9_a_save_that_comes_while_a_cleanup_waits_survives(hands: Hands, script
     old = hands.start("a")
     lives = hands.clean("a").lives
     new: list[Job] = []
+    script.foresee_timeouts(1)
     script.meanwhile(lambda: new.append(hands.queue("a")))
     assert hands.state.await_swept(lives, 1.0) == 1
     hands.clean("b")
@@ -1544,7 +1675,9 @@ def test_a_closed_store_refuses_saves_and_says_why(hands: Hands) -> None:
     assert before.closing == "the store is shut down"
     with pytest.raises(StoreClosedError, match="the store is shut down"):
         hands.reserve()
-    assert hands.now == before._replace(rejected=1, rejected_bytes=10)
+    assert hands.now == before._replace(
+        rejected=1, rejected_bytes=10, rejections=Reasons((("closed", 1, 10),))
+    )
 
 
 def test_the_writer_ends_when_everything_accepted_is_settled(hands: Hands, script: Script) -> None:
@@ -1576,6 +1709,7 @@ def test_shutdown_can_wait_for_what_is_on_its_way_to_host_memory(hands: Hands, s
     assert hands.state.await_staged(0)
     first, second = hands.reserve("a"), hands.reserve("b")
     assert not hands.state.await_staged(0)
+    script.foresee_timeouts(1)
     script.meanwhile(
         lambda: (hands.admit(first), hands.clean("c")),
         lambda: hands.state.abandon(second, ValueError("copy")),

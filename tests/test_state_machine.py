@@ -8,7 +8,7 @@ end of the walk everything is finished: then the files are exactly the committed
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ from snapstore import (
     SnapshotInfo,
     SnapshotKey,
     SnapshotNotFoundError,
+    SnapstoreError,
     StoreClosedError,
     StoreFullError,
     StoreOptions,
@@ -35,7 +36,7 @@ from snapstore import (
 )
 from snapstore._format import Layout, TensorSpec
 from snapstore._memory import HostImage
-from snapstore._records import Cleanup, Commit, Content, Job, Life
+from snapstore._records import Cleanup, Commit, Content, Job, Life, Turn
 from snapstore._state import State
 
 REQUESTS = ("a", "b", "c")
@@ -43,6 +44,7 @@ TOKENS = (1, 2)
 CONTENT = Content("numpy", "null")
 HEADER_BYTES = 7
 MAX_JOBS, MAX_BYTES = 5, 100
+PATIENCE_S = 2.0
 
 request_ids = st.sampled_from(REQUESTS)
 token_counts = st.sampled_from(TOKENS)
@@ -59,13 +61,27 @@ class WouldWait(Exception):
     """A call waits without a time-out."""
 
 
-class ImpatientCondition(threading.Condition):
-    """On one thread nobody wakes anybody: a wait is over at once."""
+class Clock:
+    """Time passes only while somebody waits."""
 
-    def wait(self, timeout: float | None = None) -> bool:
-        if timeout is None:
-            raise WouldWait
-        return False
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def condition(self, lock: threading.Lock) -> threading.Condition:
+        """On one thread nobody wakes anybody: a wait is over at once, as if its time had passed."""
+        clock = self
+
+        class ImpatientCondition(threading.Condition):
+            def wait(self, timeout: float | None = None) -> bool:
+                if timeout is None:
+                    raise WouldWait
+                clock.now_s += timeout
+                return False
+
+        return ImpatientCondition(lock)
 
 
 # -- the model --------------------------------------------------------------------------------------------------
@@ -89,6 +105,7 @@ class Era:
     alive: bool = True
     holder: Literal["writer", "detacher"] | None = None
     on_disk: bool = False
+    waiting: int = 0
     sweep: Literal["unneeded", "held", "dirty", "taken", "failed", "swept"] = "unneeded"
     doomed_bytes: int = 0
     index: dict[int, Stored] = field(default_factory=dict)
@@ -119,6 +136,14 @@ class Save:
         return self.job.nbytes
 
 
+@dataclass(eq=False)
+class Queued:
+    """A save that waits for room without blocking, as it should be."""
+
+    turn: Turn
+    era: Era
+
+
 PathKey = tuple[str, int, int]  # request id, generation, token count
 
 
@@ -129,6 +154,7 @@ class StateMachine(RuleBasedStateMachine):
         super().__init__()
         self.saves: list[Save] = []
         self.eras: list[Era] = []
+        self.line: list[Queued] = []
         self.queue: list[Save] = []
         self.hand: Save | None = None
         self.hand_at: Literal["writing", "renamed", "undoing"] = "writing"
@@ -161,15 +187,17 @@ class StateMachine(RuleBasedStateMachine):
         saved: list[tuple[str, int, int]],
     ) -> None:
         self.options = StoreOptions(
-            on_full="reject",
+            save_timeout_s=PATIENCE_S,
             max_pending_jobs=MAX_JOBS,
             max_pending_bytes=MAX_BYTES,
             max_session_bytes=session_limit,
             min_free_bytes=free_limit,
         )
-        impatient = SimpleNamespace(Lock=threading.Lock, Condition=ImpatientCondition)
-        with mock.patch.object(_state, "threading", impatient):
-            self.state = State(self.options)
+        self.clock = Clock()
+        impatient = SimpleNamespace(Lock=threading.Lock, Condition=self.clock.condition)
+        self.patch = mock.patch.multiple(_state, threading=impatient, time=self.clock)
+        self.patch.start()
+        self.state = State(self.options)
         for request_id, token_count in sorted(adopted):
             self.adopt(request_id, token_count, {"a": 7, "b": 4}[request_id])
         for request_id, token_count, then in saved:
@@ -262,7 +290,7 @@ class StateMachine(RuleBasedStateMachine):
 
     def end_empty_eras(self) -> None:
         for era in self.eras:
-            busy = era.holder or self.of(era, STAGING, QUEUED, WRITING)
+            busy = era.holder or era.waiting or self.of(era, STAGING, QUEUED, WRITING)
             if era.alive and not (busy or era.index or era.failed):
                 self.end(era)
 
@@ -293,41 +321,105 @@ class StateMachine(RuleBasedStateMachine):
             self.everything_agrees()
 
     def reserve(self, key: SnapshotKey, nbytes: int) -> Save | None:
+        """Waits for room that does not come; those who wait without blocking have waited as long then."""
         refusal = self.refusal(nbytes)
+        if refusal is None and (self.line or not self.fits(nbytes)):
+            refusal = StoreFullError
         if refusal is not None:
-            self.asked = self.asked or refusal is DiskQuotaError
-            with pytest.raises(refusal) as caught:
-                self.state.reserve(key, nbytes, CONTENT)
-            assert caught.value.key == key
-            self.rejected = [self.rejected[0] + 1, self.rejected[1] + nbytes]
+            self.expect_refusal(refusal, lambda: self.state.reserve(key, nbytes, CONTENT), key, nbytes)
             return None
         job = self.state.reserve(key, nbytes, CONTENT)
-        era = self.living(key.request_id)
+        return self.accepted(job, self.era_of(job.life))
+
+    def expect_refusal(
+        self, refusal: type[SnapstoreError], call: Callable[[], object], key: SnapshotKey, nbytes: int
+    ) -> SnapstoreError:
+        self.asked = self.asked or refusal is DiskQuotaError
+        with pytest.raises(refusal) as caught:
+            call()
+        assert caught.value.key == key
+        self.rejected = [self.rejected[0] + 1, self.rejected[1] + nbytes]
+        return caught.value
+
+    def era_of(self, life: Life) -> Era:
+        era = self.living(life.request_id)
         if era is None:
-            assert all(job.life.generation > old.generation for old in self.eras), "(3)"
-            era = Era(key.request_id, job.life.generation)
+            assert all(life.generation > old.generation for old in self.eras), "(3)"
+            era = Era(life.request_id, life.generation)
             self.eras.append(era)
+        return era
+
+    def accepted(self, job: Job, era: Era) -> Save:
         save = Save(job, era, order=len(self.saves) + 1)
         self.saves.append(save)
         job.ticket.add_done_callback(lambda _: self.tell(save))
         return save
 
+    @rule(request_id=request_ids, token_count=token_counts, nbytes=sizes)
+    def queue_up(self, request_id: str, token_count: int, nbytes: int) -> None:
+        key = SnapshotKey(request_id, token_count)
+        refusal = self.refusal(nbytes)
+        if refusal is not None:
+            self.expect_refusal(refusal, lambda: self.state.queue_up(key, nbytes, CONTENT), key, nbytes)
+            return
+        turn = self.state.queue_up(key, nbytes, CONTENT)
+        era = self.era_of(turn.life)
+        era.waiting += 1
+        self.line.append(Queued(turn, era))
+
+    @precondition(lambda self: self.line)
+    @rule(pick=picks)
+    def enter(self, pick: int) -> None:
+        """Whoever tries, the first in the line is the first to get in."""
+        self.enter_one(self.line[pick % len(self.line)])
+
+    def enter_one(self, queued: Queued) -> None:
+        turn = queued.turn
+        refusal = self.refusal(turn.nbytes)
+        first_and_fits = self.line[0] is queued and self.fits(turn.nbytes)
+        if refusal is None and not queued.era.alive:
+            refusal = SaveCancelledError
+        elif refusal is None and not first_and_fits and self.clock.now_s >= turn.deadline_s:
+            refusal = StoreFullError
+        if refusal is not None:
+            error = self.expect_refusal(refusal, lambda: self.state.enter(turn), turn.key, turn.nbytes)
+            self.leave_one(queued, error)
+            return
+        job = self.state.enter(turn)
+        assert (job is not None) is first_and_fits, "(6)"
+        if job is not None:
+            assert job.life is turn.life
+            self.accepted(job, queued.era)
+            self.leave_one(queued, None)
+
+    @precondition(lambda self: self.line)
+    @rule(pick=picks)
+    def give_up(self, pick: int) -> None:
+        self.leave_one(self.line[pick % len(self.line)], None)
+
+    def leave_one(self, queued: Queued, error: BaseException | None) -> None:
+        self.state.leave(queued.turn, error)
+        self.line.remove(queued)
+        queued.era.waiting -= 1
+
     def tell(self, save: Save) -> None:
         save.told += 1
 
-    def refusal(self, nbytes: int) -> type[StoreClosedError | StoreFullError | DiskQuotaError] | None:
-        pending = [save.nbytes for save in self.in_flight()]
+    def refusal(self, nbytes: int) -> type[SnapstoreError] | None:
+        pending = sum(save.nbytes for save in self.in_flight())
         limit, least = self.options.max_session_bytes, self.options.min_free_bytes
         if self.closed:
             return StoreClosedError
         if limit is not None and self.used_bytes() + nbytes > limit:
             return DiskQuotaError
-        free_bytes = None if self.free_bytes is None else self.free_bytes - sum(pending)
+        free_bytes = None if self.free_bytes is None else self.free_bytes - pending
         if least is not None and free_bytes is not None and free_bytes - nbytes < least:
             return DiskQuotaError
-        if pending and (len(pending) >= MAX_JOBS or sum(pending) + nbytes > MAX_BYTES):
-            return StoreFullError
         return None
+
+    def fits(self, nbytes: int) -> bool:
+        pending = [save.nbytes for save in self.in_flight()]
+        return not pending or (len(pending) < MAX_JOBS and sum(pending) + nbytes <= MAX_BYTES)
 
     @precondition(lambda self: any(save.phase is STAGING for save in self.saves))
     @rule(pick=picks)
@@ -511,6 +603,14 @@ class StateMachine(RuleBasedStateMachine):
     def cleanup_all(self, really: bool) -> None:
         if really:
             self.clean(REQUESTS, self.state.begin_cleanup())
+
+    @precondition(lambda self: self.hand is not None)
+    @rule(then=st.integers(0, 2))
+    def cleanup_in_hand(self, then: int) -> None:
+        """Of the very request that the writer is busy with."""
+        assert self.hand is not None
+        self.cleanup_request(self.hand.key.request_id)
+        self.work(then)
 
     def clean(self, request_ids: tuple[str, ...], cleanup: Cleanup) -> None:
         ended = [era for era in self.eras if era.alive and era.request_id in request_ids]
@@ -730,6 +830,12 @@ class StateMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "state"):
             return
+        try:
+            self.finish()
+        finally:
+            self.patch.stop()
+
+    def finish(self) -> None:
         self.come_to_rest()
         expected = {
             (era.request_id, era.generation, token_count): (stored.content, stored.disk_bytes)
@@ -756,6 +862,9 @@ class StateMachine(RuleBasedStateMachine):
             self.end_read(0)
         while self.detaching:
             self.end_detach(0, moved=False)
+        while self.line:
+            self.leave_one(self.line[-1], None)
+            self.everything_agrees()
         while any(save.phase is STAGING for save in self.saves):
             self.admit(0)
             self.everything_agrees()
@@ -792,7 +901,7 @@ class ClosingStateMachine(StateMachine):
         assert self.state.published.closing == "the store is shut down"
 
     @precondition(lambda self: self.closed)
-    @rule(really=seldom)
+    @rule(really=st.booleans())
     def abandon_rest(self, really: bool) -> None:
         if not really:
             return

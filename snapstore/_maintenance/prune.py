@@ -26,8 +26,6 @@ from snapstore._maintenance.survey import Loose, SnapshotFile
 from snapstore._owner import OwnerLock
 from snapstore._paths import join
 
-_HOUSEKEEPING = (_paths.OWNER_RECORD, _paths.TEMPORARY, _paths.TRASH, _paths.OWNER_LOCK)
-
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
@@ -257,12 +255,10 @@ class _Work:
 
     def _remove_session(self, fd: int, part: SessionPlan) -> None:
         """Remove the directory of a session that has nothing left: renamed aside first, the lock file last."""
-        for name in (_paths.TEMPORARY, _paths.TRASH):
-            self._remove_if_empty(name, fd, join(part.name, name))
-        left = [
-            name for name in self._files.names(fd) if name not in (_paths.OWNER_RECORD, _paths.OWNER_LOCK)
-        ]
-        if left:
+        for name in self._files.names(fd):
+            if name in (_paths.TEMPORARY, _paths.TRASH) or _paths.parse_generation_name(name) is not None:
+                self._remove_if_empty(name, fd, join(part.name, name))
+        if set(self._files.names(fd)) - {_paths.OWNER_RECORD, _paths.OWNER_LOCK}:
             return
         aside = _paths.dead_session_name()
         try:

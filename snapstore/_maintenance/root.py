@@ -31,6 +31,7 @@ class Root:
     files: FileSystem
     path: str
     fd: int
+    mount: int
 
     @contextmanager
     def directory(self, name: str, within: int | None = None) -> Iterator[int]:
@@ -40,7 +41,7 @@ class Root:
 
     def open(self, name: str, within: int | None = None) -> int:
         """``OSError`` for a link (``ELOOP``, ``ENOTDIR``) and where another file system is mounted (``EXDEV``)."""
-        return open_within(self.files, name, self.fd if within is None else within)
+        return open_within(self.files, name, self.fd if within is None else within, mount=self.mount)
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def opened_root(files: FileSystem, path: str, *, to_change: bool = False) -> Ite
     except OSError as error:
         raise _unusable(files, path, error) from error
     with opened(files, fd):
-        root = Root(files, path, fd)
+        root = Root(files, path, fd, files.mount_id(fd))
         if to_change:
             _refuse_dangerous(root)
         _check_marker(root)

@@ -285,7 +285,7 @@ class _Look:
             return
         path = _below(above, name)
         if stat.S_ISDIR(status.st_mode):
-            nbytes = _tree_bytes(self.root, name, within)
+            nbytes = self._tree_bytes(name, within, path)
         elif stat.S_ISREG(status.st_mode) and kind != "unfinished":
             nbytes = freed_by_unlinking(status)
             self._note_links(status, path)
@@ -293,6 +293,24 @@ class _Look:
             self.findings.append(Finding("foreign", path, _description(status)))
             return
         yield Loose(kind, path, name, nbytes, status.st_mtime_ns, status.st_ino)
+
+    def _tree_bytes(self, name: str, within: int, path: str, depth: int = TREE_DEPTH_MAX) -> int:
+        """Bytes that removing a tree would free; what can not be entered is a finding, as it would not go."""
+        files = self.root.files
+        fd = self._tolerating(path, lambda: open_within(files, name, within, depth, mount=self.root.mount))
+        if fd is None:
+            return 0
+        nbytes = 0
+        with opened(files, fd):
+            for each in self.names(fd, path):
+                status = self.status(each, fd, path)
+                if status is None:
+                    continue
+                if stat.S_ISDIR(status.st_mode):
+                    nbytes += self._tree_bytes(each, fd, join(path, each), depth - 1)
+                else:
+                    nbytes += freed_by_unlinking(status)
+        return nbytes
 
     def enter(self, name: str, within: int, above: str) -> int | None:
         """Open a directory that should be ours; what is none, or can not be entered, is a finding."""
@@ -392,22 +410,3 @@ def _request_id(root: Root, fd: int, generation: Generation, names: list[str]) -
         if facts is not None and _paths.request_hash(facts.request_id) == generation.request_hash:
             return facts.request_id
     return None
-
-
-def _tree_bytes(root: Root, name: str, within: int, depth: int = TREE_DEPTH_MAX) -> int:
-    """Bytes that removing a tree would free; what can not be entered counts nothing, as it would not go."""
-    try:
-        with opened(root.files, open_within(root.files, name, within, depth)) as fd:
-            return sum(_entry_bytes(root, each, fd, depth) for each in root.files.names(fd))
-    except OSError:
-        return 0
-
-
-def _entry_bytes(root: Root, name: str, within: int, depth: int) -> int:
-    try:
-        status = root.files.status_at(name, dir_fd=within)
-    except OSError:
-        return 0
-    if stat.S_ISDIR(status.st_mode):
-        return _tree_bytes(root, name, within, depth - 1)
-    return freed_by_unlinking(status)

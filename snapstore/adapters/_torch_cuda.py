@@ -7,7 +7,6 @@ events through the driver itself, since torch holds the GIL for that. Importing 
 from __future__ import annotations
 
 import ctypes
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

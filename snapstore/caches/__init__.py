@@ -8,10 +8,10 @@
 
 The restored cache continues bit for bit as the captured one did.
 
-Supported are mlx-lm cache lists (0.31 and later) and transformers ``Cache`` objects (5 and later), found by the
-module of their class; importing this module imports neither library. Which classes exactly is an allow-list in
-``_mlx_lm`` and ``_transformers``. A file never brings a class back: the cache that is passed in does, and the names in
-a file are only compared with it.
+Supported are mlx-lm cache lists (0.31 and later) and transformers ``Cache`` objects (5 and later; recurrent models use
+them since 5.5), found by the module of their class; importing this module imports neither library. Which classes
+exactly is an allow-list in ``_mlx_lm`` and ``_transformers``. A file never brings a class back: the cache that is
+passed in does, and the names in a file are only compared with it.
 """
 
 from __future__ import annotations

@@ -36,9 +36,9 @@ class Kind:
     Attributes:
         fixed: settings given to the constructor. Saved to be compared: a restore must find the same.
         kept: the state.
-        lazy: state that an object has only once it is in use.
+        lazy: state that not every object has: some comes with the first use.
         apart: neither saved nor restored: it follows from the rest, or is the fresh object's own.
-        in_place: the part of ``kept`` whose memory the library writes into (elsewhere it makes new tensors).
+        in_place: the part of ``kept`` whose memory the library keeps and writes into; a restore does the same.
         sliceable: whether the object, as it is now, can be cut back to any shorter length without loss.
     """
 
@@ -176,13 +176,13 @@ def _settings(values: dict[str, Any]) -> str:
 def _match_form(fresh: object, saved: object, path: str) -> None:
     """The slots that a constructor made must be the ones that the snapshot fills. An empty container may grow."""
     slots = _slots(fresh)
-    if slots and slots != _slots(saved):
+    if slots and (type(saved) is not type(fresh) or slots != _slots(saved)):
         raise ValueError(
             f"{path}: the slots in the snapshot are not those of this cache. Make the cache for the same model"
         )
 
 
-def _slots(value: object) -> list[Any]:
+def _slots(value: object) -> set[Any]:
     if isinstance(value, dict):
-        return list(value)
-    return list(range(len(value))) if isinstance(value, list) else []
+        return set(value)
+    return set(range(len(value))) if isinstance(value, list) else set()

@@ -1,7 +1,7 @@
 """mlx-lm prompt caches: a list with one cache object per layer, or a ``CacheList`` of several.
 
-MLX arrays are never copied here. What is passed on, both ways, is a new handle to the same array
-(``copy.copy``): MLX updates "in place" by giving the *handle* new contents, and reuses the memory only when no other
+MLX arrays are never copied here. What is passed on, both ways, is a new handle to the same array (``copy.copy``): MLX
+updates "in place" by giving the *handle* new contents, and reuses the memory only when no other
 handle needs the old ones. So the live cache, the snapshot, and every cache restored from it go their own ways, and
 memory is spent only when one of them is written to.
 """
@@ -52,15 +52,18 @@ _LAYERS = {
         sliceable=lambda layer: layer.start_position == 0,
     ),
     "mlx_lm.models.cache.ArraysCache": Kind(kept=("cache", "left_padding", "lengths"), sliceable=never),
-    # Between prepare() and finalize() the rows are not aligned yet: no column is one token for all.
+    # Between prepare() and finalize() the rows are not aligned yet: no column is one token for all. What is pending
+    # then is no part of mlx-lm's `state`, so an object that mlx-lm itself has loaded lacks the attribute.
     "mlx_lm.models.cache.BatchKVCache": Kind(
-        kept=(*_BATCH, "_right_padding"),
-        sliceable=lambda layer: layer._right_padding is None,
+        kept=_BATCH,
+        lazy=("_right_padding",),
+        sliceable=lambda layer: getattr(layer, "_right_padding", None) is None,
     ),
     "mlx_lm.models.cache.BatchRotatingKVCache": Kind(
         fixed=("max_size",),
-        kept=(*_BATCH, "_offset", "rotated", "_lengths"),
-        sliceable=lambda layer: layer._offset < layer.max_size and layer._lengths is None,
+        kept=(*_BATCH, "_offset", "rotated"),
+        lazy=("_lengths",),
+        sliceable=lambda layer: layer._offset < layer.max_size and getattr(layer, "_lengths", None) is None,
     ),
     "mlx_lm.models.deepseek_v41.LayerCache": Kind(
         fixed=("window_size",),

@@ -126,6 +126,7 @@ _LAYERS = {
     ),
 }
 
+# `_is_user_defined` is a mark that generate() leaves.
 _CACHE = Kind(apart=("layers", "layer_class_to_replicate", "offloading", "_is_user_defined"))
 _PARTS = ("self_attention_cache", "cross_attention_cache")
 

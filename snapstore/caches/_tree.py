@@ -81,9 +81,8 @@ class TreeEncoder:
 
     def _name(self, tensor: Any, path: str) -> str:
         if id(tensor) not in self._seen:
-            assert path not in self.tensors, (
-                path
-            )  # no label has a dot in it, and no two under one node are equal
+            # No label has a dot in it, and no two under one node are equal.
+            assert path not in self.tensors, path
             self.tensors[path] = self._type.handle(tensor)
             self._seen[id(tensor)] = (path, tensor)
         return self._seen[id(tensor)][0]

@@ -5,27 +5,48 @@ from __future__ import annotations
 import errno
 import io
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout, suppress
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import click
 
 import snapstore
 from snapstore._errors import RootError, SnapstoreError
-from snapstore.cli._check import doctor, verify
-from snapstore.cli._inspect import inspect
-from snapstore.cli._ls import ls
-from snapstore.cli._output import note
-from snapstore.cli._prune import prune
-from snapstore.cli._stats import stats
+from snapstore.cli._options import json_option
+from snapstore.cli._output import emit_json, note
 
 PROBLEMS, USAGE, NO_ROOT, INTERRUPTED = 1, 2, 10, 130
 
 _PASS_ON = {"ignore_unknown_options": True, "help_option_names": []}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+_MODULES = {
+    "ls": "_ls", "inspect": "_inspect", "verify": "_check", "prune": "_prune", "stats": "_stats", "doctor": "_check",
+}  # fmt: skip
+
+
+class _Commands(click.Group):
+    """Imports a command when it is asked for: the others need not cost time at every start."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The order of the help: looking, then removing, then the rest."""
+        return [*_MODULES, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """One command."""
+        if cmd_name not in _MODULES:
+            return super().get_command(ctx, cmd_name)
+        module = import_module(f"snapstore.cli.{_MODULES[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(snapstore.__version__, prog_name="snapstore")
 def group() -> None:
     """Look after the snapshots below a root: safe beside live stores.
@@ -35,30 +56,37 @@ def group() -> None:
     """
 
 
-for command in (ls, inspect, verify, prune, stats, doctor):
-    group.add_command(command)
-
-
-@group.command(context_settings=_PASS_ON)
+@group.command(short_help="Run the demonstration.", context_settings=_PASS_ON)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def demo(arguments: tuple[str, ...]) -> int:
+@json_option
+def demo(arguments: tuple[str, ...], as_json: bool) -> int:
     """A small scheduler over a tiny model, from save to resume (needs torch or MLX; see demo --help)."""
     from snapstore.demo import main
 
-    return main(list(arguments))
+    if not as_json:
+        return main(list(arguments))
+    with redirect_stdout(io.StringIO()) as said:
+        status = main(list(arguments))
+    emit_json("demo", as_promised=status == 0, lines=said.getvalue().splitlines())
+    return status
 
 
-@group.command(context_settings=_PASS_ON)
+@group.command(short_help="Run the benchmarks.", context_settings=_PASS_ON)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> int:
     """The benchmarks, where the repository is at hand (see bench --help)."""
-    if find_spec("bench") is None or find_spec("bench.__main__") is None:
+    spec = find_spec("bench")
+    if spec is None or spec.origin is None or _project_of(spec.origin) != _project_of(snapstore.__file__):
         raise click.UsageError(
             "the benchmarks live in snapstore's repository: run this from a checkout of it"
         )
-    from bench.__main__ import main
-
+    main: Callable[[list[str]], int] = import_module("bench.__main__").main
     return main(list(arguments))
+
+
+def _project_of(package_file: str) -> Path:
+    """The directory that a top-level package lies in."""
+    return Path(package_file).absolute().parents[1]
 
 
 def run(arguments: Sequence[str] | None) -> int:

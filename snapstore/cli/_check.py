@@ -6,6 +6,7 @@ import stat
 import time
 from collections import Counter
 from dataclasses import asdict
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import click
@@ -16,13 +17,13 @@ from snapstore._maintenance.survey import WRONG, Finding, sessions
 from snapstore._maintenance.units import format_rate, format_size, plural, printable
 from snapstore._maintenance.verify import VerifyReport, verify_file, verify_root
 from snapstore.cli._options import chosen_root, json_option, root_options
-from snapstore.cli._output import Cell, Column, emit_json, finding_json, progress, say, table
+from snapstore.cli._output import Cell, Column, emit_json, finding_json, line_width, progress, say, table
 
 if TYPE_CHECKING:
     from snapstore._maintenance.doctor import Checkup
 
 
-@click.command()
+@click.command(short_help="Read every snapshot, compare it with its checksums.")
 @root_options
 @click.option(
     "--quarantine", is_flag=True, help="Move corrupt snapshots of dead owners aside; deletes nothing."
@@ -108,7 +109,7 @@ def _finding_cells(finding: Finding) -> tuple[Cell | str, ...]:
     return Cell(finding.kind, style), size, printable(finding.path), printable(finding.why)
 
 
-@click.command()
+@click.command(short_help="Look at this machine, and at a root's disk.")
 @root_options
 @json_option
 def doctor(root: str | None, default_root: str | None, as_json: bool) -> int:
@@ -136,8 +137,13 @@ _LEVEL_COLOUR = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
 def _show_checkup(checkup: Checkup) -> None:
-    """Two lines a finding, so that both stay readable in a narrow terminal."""
-    width = max(len(each.topic) for each in checkup.diagnoses)
+    """Finding and advice one below the other, so that both stay readable in a narrow terminal."""
     for each in checkup.diagnoses:
-        say(f"{each.level:<8} {each.topic:<{width}}  {each.finding}", _LEVEL_COLOUR[each.level])
-        say(f"{'':<8} {'':<{width}}  {each.advice}")
+        lead = f"{each.level:<8} {each.topic:<12}"
+        say(_wrapped(each.finding, lead), _LEVEL_COLOUR[each.level])
+        say(_wrapped(each.advice, ""))
+
+
+def _wrapped(text: str, lead: str) -> str:
+    """Beside its lead, within the terminal; on one line where no terminal is."""
+    return fill(text, line_width(), initial_indent=f"{lead:<22}", subsequent_indent=" " * 22)

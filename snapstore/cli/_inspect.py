@@ -28,7 +28,7 @@ from snapstore.cli._output import Column, emit_json, note, say, table
 _METADATA_LINES = 24
 
 
-@click.command()
+@click.command(short_help="Show what a snapshot holds.")
 @click.argument("what", nargs=-1, metavar="FILE | [ROOT] REQUEST [TOKENS]")
 @root_option
 @click.option(

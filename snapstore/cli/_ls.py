@@ -48,7 +48,7 @@ def _spread(args: list[str]) -> Iterator[str]:
         yield each
 
 
-@click.command(cls=_Filtering)
+@click.command(cls=_Filtering, short_help="List sessions, requests or snapshots.")
 @root_options
 @click.option("--requests", "level", flag_value="requests", help="A row for each request.")
 @click.option("--snapshots", "level", flag_value="snapshots", help="A row for each snapshot.")

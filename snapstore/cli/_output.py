@@ -49,6 +49,11 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def line_width() -> int:
+    """Columns for running text: the terminal's, up to where lines get hard to read; without one, no end."""
+    return min(os.get_terminal_size(sys.stdout.fileno()).columns, 110) if on_terminal() else 10_000
+
+
 def say(text: str, style: str = "") -> None:
     """A line of the answer; ``style`` is a colour."""
     coloured = style and on_terminal() and not os.environ.get("NO_COLOR")

@@ -33,8 +33,15 @@ from snapstore.cli._output import (
     table,
 )
 
+_EXAMPLES = """\b
+Examples:
+  snapstore prune ROOT                                 what dead owners left
+  snapstore prune ROOT --older-than 2h30m --yes
+  snapstore prune ROOT --max-bytes 20GiB --keep-latest 2 --dry-run
+"""
 
-@click.command()
+
+@click.command(short_help="Remove snapshots and leftovers.", epilog=_EXAMPLES)
 @root_options
 @click.option("--older-than", "older_than_s", type=DURATION, metavar="2h30m", help="Only what is older.")
 @click.option(

@@ -17,7 +17,7 @@ from snapstore.cli._options import DURATION, chosen_root, json_option, root_opti
 from snapstore.cli._output import bar, emit_json, on_terminal, say
 
 
-@click.command()
+@click.command(short_help="Count what is below a root.")
 @root_options
 @click.option("--watch", is_flag=True, help="Draw it anew until interrupted (on a terminal).")
 @click.option("--interval", type=DURATION, default="2s", show_default=True, help="Between two drawings.")

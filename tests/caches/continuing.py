@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from snapstore import SnapshotStore, caches
 from snapstore.testing import FaultyFileSystem
 
@@ -26,27 +28,27 @@ Step = Callable[[Any, int, int], bytes]
 def check(store: SnapshotStore, files: FaultyFileSystem, fresh: Callable[[], Any], step: Step) -> None:
     """Save at the boundaries of a live run, go on; then continue from memory, and from disk."""
     with files.pause("create", ".tmp") as gate:
-        logits = _live_run(store, fresh(), step)
+        expected = _live_run(store, fresh(), step)
         gate.wait_reached()  # the writer holds the first snapshot, the others are queued: nothing is on disk
         for boundary in BOUNDARIES:
-            _continue(store, boundary, "memory", fresh, step, logits)
+            _continue(store, boundary, "memory", fresh, step, expected)
     assert store.flush(10)
     for boundary in BOUNDARIES:
-        _continue(store, boundary, "disk", fresh, step, logits)
+        _continue(store, boundary, "disk", fresh, step, expected)
         start, stop = next(each for each in STEPS if each[0] == boundary)
-        assert step(fresh(), start, stop) != logits[start], (
+        assert step(fresh(), start, stop) != expected[start], (
             "an empty cache gives the same: nothing was tested"
         )
 
 
 def _live_run(store: SnapshotStore, cache: Any, step: Step) -> dict[int, bytes]:
-    logits = {}
+    answers = {}
     for start, stop in STEPS:
         if start in BOUNDARIES:
             tensors, metadata = caches.capture(cache)
             store.save("request", start, tensors, metadata=metadata)
-        logits[start] = step(cache, start, stop)
-    return logits
+        answers[start] = step(cache, start, stop)
+    return answers
 
 
 def _continue(
@@ -55,7 +57,7 @@ def _continue(
     source: str,
     fresh: Callable[[], Any],
     step: Step,
-    logits: dict[int, bytes],
+    expected: dict[int, bytes],
 ) -> None:
     snapshot = store.load("request", boundary)
     assert snapshot.source == source
@@ -65,4 +67,13 @@ def _continue(
     assert caches.capture(cache)[1] == snapshot.metadata
     for start, stop in STEPS:
         if start >= boundary:
-            assert step(cache, start, stop) == logits[start], f"tokens {start} to {stop}, from {source}"
+            assert step(cache, start, stop) == expected[start], f"tokens {start} to {stop}, from {source}"
+
+
+def logits(tensor: Any) -> bytes:
+    """The bytes of a model's output, of either framework. float32 holds what a smaller type can."""
+    if type(tensor).__module__ == "torch":
+        return bytes(tensor.float().numpy().tobytes())
+    import mlx.core as mx
+
+    return np.array(tensor.astype(mx.float32)).tobytes()

@@ -213,6 +213,14 @@ def test_the_pending_padding_of_a_batch_is_not_lost() -> None:
         assert same(state(restored), state(live))
 
 
+def test_a_batch_that_mlx_lm_itself_has_loaded_can_be_captured() -> None:
+    live = filled(next(case for case in CASES if case.name == "BatchKVCache"), (3,))
+    del vars(live)["_right_padding"]  # from_state() makes the object without its constructor
+    for layers in ("all", "non_sliceable"):
+        restored = caches.restore(taken([live], layers), [mlx_cache.BatchKVCache([2, 0])])[0]
+        assert vars(restored)["_right_padding"] is None
+
+
 # -- which layers -----------------------------------------------------------------------------------------------------
 
 

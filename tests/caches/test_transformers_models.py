@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache  # noqa: E402
 from transformers.cache_utils import EncoderDecoderCache, QuantizedCache  # noqa: E402
 from transformers.models.minimax.modeling_minimax import MiniMaxCache  # noqa: E402
 
-from snapstore import SnapshotStore  # noqa: E402
+from snapstore import SnapshotStore, caches  # noqa: E402
 from snapstore.testing import FaultyFileSystem  # noqa: E402
 
 
@@ -47,7 +47,7 @@ def check(
         given = {argument: cache, tokens: PROMPT[:, start:stop], **inputs}
         output = model(use_cache=True, **given)
         assert getattr(output, argument) is cache
-        return bytes(output.logits.float().numpy().tobytes())
+        return continuing.logits(output.logits)
 
     continuing.check(store, files, fresh, step)
 
@@ -104,3 +104,27 @@ def test_an_encoder_decoder_cache(store: SnapshotStore, files: FaultyFileSystem)
         lambda: EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config)),
         encoder_outputs=encoded,
     )
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "gemma3_text"])
+def test_the_rest_can_be_sliced_from_the_finished_cache(store: SnapshotStore, name: str) -> None:
+    """What an engine does with ``layers="non_sliceable"``: keys and values are kept once, for all boundaries."""
+    model = tiny_transformers.model(name)
+    at, steps = 12, ((12, 17), (17, 18), (18, 19))  # the window of gemma3_text is full by then
+
+    @torch.no_grad()
+    def run(cache: Any) -> list[bytes]:
+        return [continuing.logits(model(PROMPT[:, a:b], past_key_values=cache).logits) for a, b in steps]
+
+    live = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(PROMPT[:, :at], past_key_values=live)
+    tensors, metadata = caches.capture(live, layers="non_sliceable")
+    store.save("request", at, tensors, metadata=metadata)
+    expected = run(live)
+    cache = DynamicCache(config=model.config)
+    for finished, layer in zip(live.layers, cache.layers, strict=True):
+        if type(layer).__name__ == "DynamicLayer":
+            layer.update(finished.keys[..., :at, :], finished.values[..., :at, :])
+    assert run(caches.restore(store.load("request", at), cache)) == expected
+    assert 0 < len(tensors) < len(caches.capture(live)[0])

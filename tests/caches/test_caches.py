@@ -23,7 +23,9 @@ def test_importing_it_imports_no_framework() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("cache", [None, [], [None], {}, ((1, 2), (3, 4)), object()], ids=repr)
+@pytest.mark.parametrize(
+    "cache", [None, [], [None], {}, ((1, 2), (3, 4)), object()], ids=lambda cache: type(cache).__name__
+)
 def test_what_is_no_cache_is_refused(cache: object) -> None:
     with pytest.raises(TypeError, match="neither a list of mlx-lm caches"):
         caches.capture(cache)

@@ -1,0 +1,181 @@
+"""The life of a request inside an ASGI server, with ``snapstore.aio``: nothing here waits for a disk on the event loop.
+
+    python examples/server.py /var/tmp/engine 8000
+    curl -N localhost:8000/requests/alice -d '{"prompt": [1, 2, 3], "max_tokens": 20}'    # a token a line
+    curl -X DELETE localhost:8000/requests/alice
+
+A request is admitted when there is a place, begins at the longest saved prefix that it shares with an earlier one, and is
+fed in chunks on a thread; its state is saved at each boundary. Deleted, or its client gone, it is forgotten. When the
+server stops (uvicorn does so at SIGTERM), the store's session goes with it. The application is Starlette's; in FastAPI
+the same ``lifespan`` and endpoints are passed to, or mounted in, ``FastAPI(lifespan=...)``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import torch
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from tiny_hybrid import State, TinyHybrid
+
+from snapstore import SnapstoreError
+from snapstore.aio import AsyncSnapshotStore
+
+PLACES = 4
+"""Requests at once; others wait."""
+CHUNK = 8
+BLOCK = 16
+
+
+@dataclass(eq=False)
+class Life:
+    """One request: its tokens, and whether somebody has aborted it."""
+
+    tokens: list[int]
+    aborted: bool = False
+    skipped: int = 0
+
+
+@dataclass
+class Engine:
+    """A model and a store, shared by all requests. All of it runs on the event loop, but ``_feed``."""
+
+    model: TinyHybrid
+    store: AsyncSnapshotStore
+    known: dict[str, Life] = field(default_factory=dict)
+    running: dict[str, Life] = field(default_factory=dict)
+    places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PLACES))
+
+    async def generate(self, id: str, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[int]:  # noqa: A002
+        """Tokens as they come. If it is closed, cancelled or aborted before the end, the request is forgotten."""
+        await self.abort(id)
+        life = self.running[id] = Life(list(prompt))
+        finished = False
+        try:
+            async with self.places:
+                async for token in self._tokens(id, life, len(prompt) + max_tokens):
+                    yield token
+            finished = not life.aborted
+        finally:
+            if self.running.get(id) is life:
+                del self.running[id]
+                if finished:
+                    self.known[id] = life
+                else:
+                    await self.store.cleanup_request(id)
+
+    async def abort(self, id: str) -> None:  # noqa: A002
+        """Forget a request, whatever it is doing. The marks are made before the first await."""
+        self.known.pop(id, None)
+        life = self.running.pop(id, None)
+        if life is not None:
+            life.aborted = True
+        await self.store.cleanup_request(id)
+
+    async def _tokens(self, id: str, life: Life, most: int) -> AsyncIterator[int]:  # noqa: A002
+        state, done = await self._begin(life)
+        while len(life.tokens) < most and not life.aborted:
+            count = min(CHUNK, len(life.tokens) - done, BLOCK - done % BLOCK)
+            following = await asyncio.to_thread(self._feed, life.tokens[done : done + count], state)
+            done += count
+            if life.aborted:
+                return
+            if done % BLOCK == 0:
+                await self._save(id, done, state)
+            if done == len(life.tokens):
+                life.tokens.append(following)
+                yield following
+
+    async def _begin(self, life: Life) -> tuple[State, int]:
+        """The state to begin with: of the longest saved prefix, or of nothing."""
+        found = []
+        for donor, other in self.known.items():
+            equal = takewhile(
+                lambda pair: pair[0] == pair[1], zip(life.tokens[:-1], other.tokens, strict=False)
+            )
+            found.append((await self.store.latest(donor, at_most=sum(1 for _ in equal)) or 0, donor))
+        for boundary, donor in sorted(found, reverse=True):
+            if boundary:
+                try:
+                    snapshot = await self.store.load(donor, boundary)
+                except SnapstoreError:
+                    continue  # forgotten meanwhile, not written, or damaged: the next best
+                life.skipped = boundary
+                return {name: tensor[None] for name, tensor in snapshot.tensors.items()}, boundary
+        return self.model.empty(1), 0
+
+    def _feed(self, tokens: Sequence[int], state: State) -> int:
+        following = torch.zeros(1, dtype=torch.int64)
+        for token in tokens:
+            following = self.model.step(torch.tensor([token]), torch.tensor([True]), state)
+        return int(following)
+
+    async def _save(self, id: str, done: int, state: State) -> None:  # noqa: A002
+        try:
+            await self.store.save(id, done, {name: tensor[0] for name, tensor in state.items()})
+        except SnapstoreError as error:
+            sys.stderr.write(f"{id} goes on without a boundary at {done}: {error}\n")
+
+
+async def generate(request: Request) -> Response:
+    """``POST /requests/{id}``: a line a token."""
+    engine: Engine = request.app.state.engine
+    asked = await request.json()
+
+    async def lines() -> AsyncIterator[str]:
+        async with aclosing(
+            engine.generate(request.path_params["id"], asked["prompt"], asked["max_tokens"])
+        ) as tokens:
+            async for token in tokens:
+                yield f"{token}\n"
+
+    return StreamingResponse(lines(), media_type="text/plain")
+
+
+async def abort(request: Request) -> Response:
+    """``DELETE /requests/{id}``."""
+    await request.app.state.engine.abort(request.path_params["id"])
+    return Response(status_code=204)
+
+
+async def look(request: Request) -> Response:
+    """``GET /``: how the store is, what is saved, and how many tokens each request did not have to compute."""
+    engine: Engine = request.app.state.engine
+    lives = {**engine.known, **engine.running}
+    saved = {id: await engine.store.boundaries(id) for id in lives}
+    skipped = {id: life.skipped for id, life in lives.items()}
+    return JSONResponse({"status": engine.store.health().status, "boundaries": saved, "skipped": skipped})
+
+
+def application(root: str) -> Starlette:
+    """The server; the store is opened when it starts, and ends, files and all, when it stops."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with AsyncSnapshotStore(root) as store:
+            app.state.engine = Engine(TinyHybrid(), store)
+            try:
+                yield
+            finally:
+                await store.shutdown(cleanup=True)
+
+    routes = [
+        Route("/", look),
+        Route("/requests/{id}", generate, methods=["POST"]),
+        Route("/requests/{id}", abort, methods=["DELETE"]),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+if __name__ == "__main__":
+    import uvicorn
+
+    uvicorn.run(application(sys.argv[1]), port=int(sys.argv[2]), timeout_graceful_shutdown=5)

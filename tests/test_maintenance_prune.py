@@ -1,0 +1,284 @@
+"""Prune beside others: under a dead owner's lock, through a live owner's trash, against a second prune, and killed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import roots
+from helpers import assert_same
+
+import snapstore
+from snapstore import SnapshotCorruptError, SnapshotStore, StoreOptions
+from snapstore._files import FileSystem
+from snapstore._maintenance.plan import Plan, Rules, make_plan
+from snapstore._maintenance.prune import PruneReport, carry_out
+from snapstore._maintenance.root import Root, opened_root
+from snapstore._maintenance.survey import sessions, surroundings
+from snapstore._maintenance.verify import verify_root
+from snapstore.testing import FaultyFileSystem
+
+FAR = 4_000_000_000.0
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("template") / "root"
+    roots.killed(root)
+    return root
+
+
+@pytest.fixture
+def dead(template: Path, root: Path) -> Path:
+    """A root with the session of a killed process."""
+    return roots.copy_of(template, root)
+
+
+def planned(root: Root, **rules: Any) -> Plan:
+    found = sessions(root, request_ids="request" in rules)
+    return make_plan(found, surroundings(root), Rules(**rules), FAR)
+
+
+def prune(path: Path, files: FileSystem | None = None, **rules: Any) -> PruneReport:
+    with opened_root(files or FileSystem(), str(path), to_change=True) as root:
+        return carry_out(root, planned(root, **rules))
+
+
+def assert_sound(path: Path) -> None:
+    with opened_root(FileSystem(), str(path)) as root:
+        assert verify_root(root, on_read=lambda _: None).wrong == ()
+
+
+def names(path: Path) -> set[str]:
+    return {each.name for each in path.iterdir()}
+
+
+# --- sessions of dead owners ---
+
+
+def test_leftovers_go_without_a_trace(dead: Path) -> None:
+    snapshots = len(roots.snapshots_in(dead))
+    blocks = sum(each.stat().st_blocks * 512 for each in dead.glob("2*/*/**/*") if each.is_file())
+    report = prune(dead)
+    assert names(dead) == {snapstore._paths.MARKER}
+    assert (report.snapshots, report.requests, report.sessions) == (snapshots, len(roots.REQUESTS), 1)
+    assert report.freed_bytes == blocks
+    assert report.errors == () and not report.interrupted
+
+
+def test_what_the_rules_keep_is_still_a_session_that_a_store_adopts(dead: Path) -> None:
+    report = prune(dead, keep_latest=1)
+    assert report.snapshots == len(roots.REQUESTS) * (len(roots.TOKENS) - 1)
+    with SnapshotStore(dead, StoreOptions(leftovers="adopt")) as store:
+        for request in roots.REQUESTS:
+            assert store.boundaries(request) == (max(roots.TOKENS),)
+            assert_same(store.load(request, max(roots.TOKENS)), roots.tensors(max(roots.TOKENS)))
+
+
+def test_the_lock_is_held_while_anything_is_removed(dead: Path) -> None:
+    """A store that starts in the middle neither adopts nor reclaims the session."""
+    files = FaultyFileSystem()
+    adopted: list[int] = []
+
+    def start_a_store() -> None:
+        with SnapshotStore(dead, StoreOptions(leftovers="adopt")) as store:
+            adopted.extend(count for request in roots.REQUESTS for count in store.boundaries(request))
+
+    files.call("unlink", start_a_store, skip=3)
+    report = prune(dead, files)
+    assert adopted == []
+    assert report.errors == () and report.snapshots == 9
+    assert names(dead) == {snapstore._paths.MARKER}
+
+
+def test_a_session_that_somebody_has_locked_since_the_plan_is_left(dead: Path) -> None:
+    with opened_root(FileSystem(), str(dead)) as root:
+        plan = planned(root)
+        with SnapshotStore(dead, StoreOptions(leftovers="adopt")) as store:
+            report = carry_out(root, plan)
+            assert (report.snapshots, report.freed_bytes) == (0, 0)
+            assert report.gone + report.in_use == 9
+            assert store.boundaries("alpha") == roots.TOKENS
+
+
+@contextmanager
+def in_a_thread(path: Path, files: FaultyFileSystem) -> Iterator[list[PruneReport]]:
+    reports: list[PruneReport] = []
+    thread = threading.Thread(target=lambda: reports.append(prune(path, files)))
+    thread.start()
+    try:
+        yield reports
+    finally:
+        thread.join(30)
+    assert len(reports) == 1
+
+
+@pytest.mark.parametrize("skip", [0, 4, 9, 11, 12])
+def test_a_second_prune_leaves_a_session_to_the_first_wherever_that_stands(dead: Path, skip: int) -> None:
+    files = FaultyFileSystem()
+    gate = files.pause("unlink", skip=skip)
+    with in_a_thread(dead, files) as reports, gate:
+        gate.wait_reached()
+        second = prune(dead)
+        assert (second.snapshots, second.freed_bytes) == (0, 0)
+    assert reports[0].snapshots == 9 and reports[0].errors == ()
+    assert names(dead) == {snapstore._paths.MARKER}
+
+
+def test_two_prunes_that_planned_the_same_remove_each_file_once(dead: Path) -> None:
+    with opened_root(FileSystem(), str(dead)) as one, opened_root(FileSystem(), str(dead)) as other:
+        plans = planned(one), planned(other)
+        first, second = carry_out(one, plans[0]), carry_out(other, plans[1])
+    assert first.snapshots == 9 and second.snapshots == 0 and second.freed_bytes == 0
+    assert second.errors == () and second.gone == 9
+
+
+@pytest.mark.parametrize("operation", ["unlink", "remove_directory", "rename", "open_directory", "names"])
+def test_a_disk_that_refuses_is_reported_and_the_next_prune_finishes(dead: Path, operation: str) -> None:
+    files = FaultyFileSystem()
+    with opened_root(files, str(dead)) as root:
+        plan = planned(root)
+        files.fail(operation, errno.EIO, times=float("inf"))
+        try:
+            report = carry_out(root, plan)
+        except OSError as error:
+            assert operation == "names" and error.errno == errno.EIO
+        else:
+            assert any("Input/output error" in each for each in report.errors)
+        files.heal()
+    prune(dead)
+    assert names(dead) == {snapstore._paths.MARKER}
+
+
+# --- sessions in use ---
+
+
+def test_live_sessions_are_left_alone_and_counted(root: Path) -> None:
+    with SnapshotStore(root) as store:
+        roots.fill(store)
+        before = roots.everything_in(root)
+        report = prune(root, older_than_s=0)
+        assert (report.snapshots, report.in_use) == (0, 9)
+        assert roots.everything_in(root) == before
+
+
+def test_what_is_in_use_goes_through_its_owners_trash(root: Path) -> None:
+    files = FaultyFileSystem()
+    with SnapshotStore(root) as store:
+        roots.fill(store)
+        report = prune(root, files, request="alpha", include_live=True)
+        assert report.snapshots == 3 and report.errors == ()
+        unlinked = [call.paths[0] for call in files.calls if call.operation == "unlink"]
+        assert len(unlinked) == 3
+        assert all(Path(path).parent.name == snapstore._paths.TRASH for path in unlinked)
+        assert not any((store.session / snapstore._paths.TRASH).iterdir())
+        with pytest.raises(SnapshotCorruptError, match="gone"):
+            store.load("alpha", 64)
+        assert_same(store.load("beta", 64), roots.tensors(64))
+        store.save("alpha", 64, roots.tensors(64)).result(30)
+        assert_same(store.load("alpha", 64), roots.tensors(64))
+
+
+def test_a_save_between_the_plan_and_the_prune_is_never_removed(root: Path) -> None:
+    with SnapshotStore(root) as store, opened_root(FileSystem(), str(root)) as opened:
+        roots.fill(store)
+        plan = planned(opened, older_than_s=0, include_live=True)
+        store.save("alpha", 64, roots.tensors(65)).result(30)
+        report = carry_out(opened, plan)
+        assert (report.snapshots, report.changed) == (8, 1)
+        assert_same(store.load("alpha", 64), roots.tensors(65))
+
+
+def test_a_save_between_the_last_look_and_the_rename_is_put_back(root: Path) -> None:
+    files = FaultyFileSystem()
+    with SnapshotStore(root) as store, opened_root(files, str(root)) as opened:
+        store.save("alpha", 64, roots.tensors(64)).result(30)
+        plan = planned(opened, older_than_s=0, include_live=True)
+        files.call("rename", lambda: store.save("alpha", 64, roots.tensors(65)).result(30) and None)
+        report = carry_out(opened, plan)
+        assert (report.snapshots, report.changed) == (0, 1)
+        assert_same(store.load("alpha", 64), roots.tensors(65))
+
+
+def test_a_still_newer_save_wins_over_what_is_put_back(root: Path) -> None:
+    files = FaultyFileSystem()
+    with SnapshotStore(root) as store, opened_root(files, str(root)) as opened:
+        store.save("alpha", 64, roots.tensors(64)).result(30)
+        plan = planned(opened, older_than_s=0, include_live=True)
+        files.call("rename", lambda: store.save("alpha", 64, roots.tensors(65)).result(30) and None)
+        files.call("link", lambda: store.save("alpha", 64, roots.tensors(66)).result(30) and None)
+        assert carry_out(opened, plan).changed == 1
+        assert_same(store.load("alpha", 64), roots.tensors(66))
+        assert not any((store.session / snapstore._paths.TRASH).iterdir())
+
+
+def test_a_live_store_keeps_saving_while_all_it_has_is_pruned_again_and_again(root: Path) -> None:
+    with SnapshotStore(root) as store:
+        tickets = []
+        for number in range(60):
+            tickets.append(store.save(f"request-{number % 3}", number, roots.tensors(8)))
+            if number % 6 == 5:
+                report = prune(root, older_than_s=0, include_live=True)
+                assert report.errors == ()
+        assert [ticket.exception(30) for ticket in tickets] == [None] * 60
+
+
+# --- interrupted ---
+
+
+def test_told_to_stop_it_stops_between_two_files_and_leaves_them_whole(dead: Path) -> None:
+    with opened_root(FileSystem(), str(dead)) as root:
+        left = iter([True] * 4)
+        report = carry_out(root, planned(root), go_on=lambda: next(left, False))
+    assert report.interrupted and report.snapshots == 4
+    assert len(roots.snapshots_in(dead)) == 5
+    assert_sound(dead)
+
+
+def changes(template: Path, root: Path, **rules: Any) -> int:
+    """How many operations a prune makes that change the disk."""
+    files = FaultyFileSystem()
+    prune(roots.copy_of(template, root), files, **rules)
+    return sum(call.operation in ("unlink", "rename", "remove_directory") for call in files.calls)
+
+
+@pytest.mark.parametrize("rules", [{}, {"keep_latest": 1}], ids=["whole", "partly"])
+def test_killed_at_any_moment_it_leaves_a_sound_root_and_the_next_prune_finishes(
+    template: Path, tmp_path: Path, rules: dict[str, Any]
+) -> None:
+    moments = changes(template, tmp_path / "count", **rules)
+    assert moments > 8
+    for moment in range(moments):
+        root = roots.copy_of(template, tmp_path / f"killed-{moment}")
+        _prune_and_die(root, moment, rules)
+        assert_sound(root)
+        report = prune(root, **rules)
+        assert report.errors == ()
+        if rules:
+            assert len(roots.snapshots_in(root)) == len(roots.REQUESTS)
+        else:
+            assert names(root) == {snapstore._paths.MARKER}
+
+
+def _prune_and_die(root: Path, moment: int, rules: dict[str, Any]) -> None:
+    """In a forked child, which kills itself before the operation of that number."""
+    child = os.fork()
+    if child == 0:
+        files, count = FaultyFileSystem(), iter(range(moment))
+
+        def step() -> None:
+            if next(count, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        for operation in ("unlink", "rename", "remove_directory"):
+            files.call(operation, step, times=float("inf"))
+        prune(root, files, **rules)
+        os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -1,0 +1,691 @@
+"""Sessions of one root: whose they are, what becomes of those whose owner died, and which roots are refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import stat
+import subprocess
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from helpers import assert_same, files_below, tensors
+from processes import Processes
+from scenarios import BEFORE, everything_in, let_sweeper_finish, save, sessions_in, wait_until
+
+from snapstore import RootError, SnapshotNotFoundError, SnapshotStore, StoreOptions
+from snapstore.testing import FaultyFileSystem
+
+ADOPT = StoreOptions(leftovers="adopt")
+KEEP = StoreOptions(leftovers="keep")
+
+
+@pytest.fixture
+def files() -> FaultyFileSystem:
+    return FaultyFileSystem()
+
+
+def leave_dead_session(processes: Processes, root: Path, request_ids: list[str] | None = None) -> Path:
+    """A session with snapshots whose process has ended without a word."""
+    child = processes.start("dies_with_snapshots", root=str(root), request_ids=request_ids)
+    word, name = child.says().split()
+    assert word == "saved" and child.wait() == 0
+    return root / name
+
+
+def end(store: SnapshotStore) -> None:
+    assert store.shutdown(cleanup=True).clean
+
+
+# -- several stores -----------------------------------------------------------------------------------------------
+
+
+def test_stores_on_one_root_never_touch_each_other(root: Path) -> None:
+    stores = [SnapshotStore(root) for _ in range(3)]
+    for number, store in enumerate(stores):
+        store.save("same", 1, tensors(number)).result(10)
+    assert stores[0].cleanup_all().clean
+    end(stores[0])
+    for number, store in list(enumerate(stores))[1:]:
+        assert_same(store.load("same", 1), tensors(number))
+        assert len(files_below(store.session)) == 1
+        end(store)
+    assert sessions_in(root) == []
+
+
+def test_a_session_is_named_by_time_and_process_and_says_who_owns_it(root: Path) -> None:
+    store = SnapshotStore(root)
+    record = json.loads((store.session / "owner.json").read_text())
+    assert record["pid"] == os.getpid() and f"-{os.getpid()}-" in store.session.name
+    assert abs(record["opened_at_s"] - time.time()) < 60 and record["host"]
+    end(store)
+
+
+def test_a_live_session_of_another_process_is_left_alone(processes: Processes, root: Path) -> None:
+    child = processes.start("holds_a_store", root=str(root))
+    theirs = root / child.says()
+    store = SnapshotStore(root, ADOPT)
+    let_sweeper_finish(store)
+    assert len(files_below(theirs)) == len(BEFORE)
+    end(store)
+    child.tell("end")
+    assert child.says() == "True"
+    assert child.wait() == 0
+
+
+# -- leftovers ----------------------------------------------------------------------------------------------------
+
+
+def test_a_session_whose_owner_died_is_reclaimed(processes: Processes, root: Path) -> None:
+    dead = leave_dead_session(processes, root)
+    store = SnapshotStore(root)
+    wait_until(lambda: sessions_in(root) == [store.session])
+    assert not dead.exists()
+    assert store.boundaries("a") == ()
+    end(store)
+
+
+def test_leftovers_are_kept_where_that_is_asked_for(processes: Processes, root: Path) -> None:
+    dead = leave_dead_session(processes, root)
+    store = SnapshotStore(root, KEEP)
+    let_sweeper_finish(store)
+    end(store)
+    assert len(files_below(dead)) == len(BEFORE)
+
+
+def test_a_pid_that_lives_is_no_proof_of_life(processes: Processes, root: Path) -> None:
+    """The number was given to another process since: to this very one, even."""
+    dead = leave_dead_session(processes, root)
+    record = json.loads((dead / "owner.json").read_text())
+    (dead / "owner.json").write_text(json.dumps({**record, "pid": os.getpid()}))
+    store = SnapshotStore(root)
+    wait_until(lambda: sessions_in(root) == [store.session])
+    end(store)
+
+
+def test_a_session_of_the_last_boot_is_reclaimed(processes: Processes, root: Path) -> None:
+    dead = leave_dead_session(processes, root)
+    record = json.loads((dead / "owner.json").read_text())
+    (dead / "owner.json").write_text(json.dumps({**record, "boot_id": "an earlier one"}))
+    store = SnapshotStore(root)
+    wait_until(lambda: not dead.exists())
+    end(store)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        pytest.param({"host": "another", "boot_id": "another"}, id="another host"),
+        pytest.param({"host": "another", "boot_id": ""}, id="another host that tells no boot"),
+        pytest.param({"of a later version": True}, id="later version"),
+        pytest.param(None, id="torn"),
+    ],
+)
+def test_a_session_of_which_nobody_can_know_is_kept(
+    processes: Processes, root: Path, record: dict[str, object] | None
+) -> None:
+    dead = leave_dead_session(processes, root)
+    written = json.loads((dead / "owner.json").read_text())
+    (dead / "owner.json").write_text("{" if record is None else json.dumps({**written, **record}))
+    for options in (StoreOptions(), ADOPT):
+        store = SnapshotStore(root, options)
+        let_sweeper_finish(store)
+        assert store.stats().live_snapshots == 0
+        end(store)
+    assert len(files_below(dead)) == len(BEFORE)
+
+
+def test_a_session_is_kept_where_locks_are_not_supported(
+    processes: Processes, root: Path, files: FaultyFileSystem
+) -> None:
+    dead = leave_dead_session(processes, root)
+    files.fail("lock", errno.EOPNOTSUPP, skip=1, times=math.inf)
+    store = SnapshotStore(root, file_system=files)
+    let_sweeper_finish(store)
+    end(store)
+    assert len(files_below(dead)) == len(BEFORE)
+
+
+def test_leftovers_go_on_a_thread_of_their_own(
+    processes: Processes, root: Path, files: FaultyFileSystem
+) -> None:
+    """Opening, saving, cleaning and shutting down do not wait for a disk that hangs in a removal of others' files."""
+    leave_dead_session(processes, root)
+    with files.pause("unlink", ".dead-") as gate:
+        store = SnapshotStore(root, StoreOptions(shutdown_timeout_s=0.5), file_system=files)
+        gate.wait_reached()
+        store.save("own", 1, tensors(1)).result(10)
+        assert_same(store.load("own", 1), tensors(1))
+        started_s = time.monotonic()
+        report = store.shutdown()
+        assert time.monotonic() - started_s < 1.0
+        assert report.committed + store.stats().committed >= 1 and report.writer_stopped
+        assert any("sweeper" in error for error in report.errors)
+    store._engine.join_briefly(10)
+
+
+def test_what_is_asked_of_the_store_comes_before_the_leftovers(
+    processes: Processes, root: Path, files: FaultyFileSystem
+) -> None:
+    """A cleanup is answered between two removals of leftovers, and its own bytes are freed before the rest of them."""
+    leave_dead_session(processes, root)
+    gate = files.pause("unlink", ".dead-")
+    store = SnapshotStore(root, file_system=files)
+    gate.wait_reached()
+    store.save("own", 1, tensors(1)).result(10)
+    left_at_cleanup: list[int] = []
+    with ThreadPoolExecutor(1) as cleaner:
+        cleaning = cleaner.submit(store.cleanup_request, "own", timeout_s=10)
+        wait_until(lambda: not store.has("own", 1))
+        files.call("unlink", lambda: left_at_cleanup.append(files.count("unlink", ".dead-")), ".trash")
+        gate.open()
+        assert cleaning.result(10).clean
+    wait_until(lambda: sessions_in(root) == [store.session])
+    assert left_at_cleanup and left_at_cleanup[0] < files.count("unlink", ".dead-")
+    end(store)
+
+
+def test_shutdown_leaves_the_rest_of_the_leftovers_to_the_next_store(
+    processes: Processes, root: Path, files: FaultyFileSystem
+) -> None:
+    for _ in range(3):
+        leave_dead_session(processes, root)
+    gate = files.pause("unlink", ".dead-")
+    store = SnapshotStore(root, file_system=files)
+    gate.wait_reached()
+    with ThreadPoolExecutor(1) as ending:
+        report = ending.submit(store.shutdown, cleanup=True)
+        wait_until(lambda: store.health().status == "dead")
+        wait_until(lambda: store._engine._sweeper._ending is not None)
+        gate.open()
+        assert report.result(10).clean and report.result(10).session_removed
+    assert len(sessions_in(root)) == 3
+    store = SnapshotStore(root)
+    wait_until(lambda: sessions_in(root) == [store.session])
+    end(store)
+
+
+def test_one_start_reclaims_a_bounded_number_of_sessions(
+    processes: Processes, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snapstore._cleanup.RECLAIM_SESSIONS", 2)
+    for _ in range(5):
+        leave_dead_session(processes, root, ["a"])
+    for left in (3, 1, 0):
+        store = SnapshotStore(root)
+        let_sweeper_finish(store)
+        assert len(sessions_in(root)) == left + 1
+        end(store)
+
+
+def test_one_start_reclaims_for_a_bounded_time(
+    processes: Processes, root: Path, files: FaultyFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the middle of one session; the next start goes on there."""
+    monkeypatch.setattr("snapstore._cleanup.RECLAIM_S", 0.2)
+    leave_dead_session(processes, root, [str(number) for number in range(40)])
+    files.delay("unlink", 0.02, ".dead-")
+    store = SnapshotStore(root, file_system=files)
+    wait_until(lambda: files.count("unlink", ".dead-") > 0)
+    let_sweeper_finish(store)
+    assert 0 < files.count("unlink", ".dead-") < 40
+    assert any(path.name.startswith(".dead-") for path in sessions_in(root))
+    end(store)
+    store = SnapshotStore(root)
+    wait_until(lambda: sessions_in(root) == [store.session])
+    end(store)
+
+
+def test_what_could_not_be_removed_of_a_leftover_is_found_again(
+    processes: Processes, root: Path, files: FaultyFileSystem, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its lock file is the last to go, or nobody could prove it dead any more."""
+    leave_dead_session(processes, root)
+    files.fail("unlink", errno.EIO, ".safetensors", times=math.inf)
+    store = SnapshotStore(root, file_system=files)
+    wait_until(lambda: "leftovers could not be removed" in caplog.text)
+    (left,) = [path for path in sessions_in(root) if path != store.session]
+    assert (left / "owner.lock").exists()
+    end(store)
+    store = SnapshotStore(root)
+    wait_until(lambda: sessions_in(root) == [store.session])
+    end(store)
+
+
+@pytest.mark.parametrize("name", [".new-0123456789abcdef", ".dead-0123456789abcdef"])
+@pytest.mark.parametrize("within", [[], ["owner.lock"], ["owner.lock", "owner.json", "a.g1/1.safetensors"]])
+def test_what_a_crash_left_half_made_or_half_removed_goes(root: Path, name: str, within: list[str]) -> None:
+    end(SnapshotStore(root))
+    for each in within:
+        (root / name / each).parent.mkdir(parents=True, exist_ok=True)
+        (root / name / each).write_bytes(b"{}")
+    (root / name).mkdir(exist_ok=True)
+    (root / ".snapstore.0123456789abcdef01234567").write_bytes(b"{")
+    store = SnapshotStore(root)
+    wait_until(lambda: sessions_in(root) == [store.session])
+    end(store)
+
+
+@pytest.mark.parametrize("operation", ["make_directory", "open_lock", "create"])
+def test_a_maker_whose_unborn_session_was_taken_makes_another(
+    root: Path, files: FaultyFileSystem, operation: str
+) -> None:
+    """An empty ``.new-`` directory may be removed by anyone, so its maker must be able to lose it."""
+    end(SnapshotStore(root))
+
+    def take_it() -> None:
+        for path in root.glob(".new-*"):
+            shutil.rmtree(path)
+
+    files.call(operation, take_it, ".new-", when="before" if operation != "make_directory" else "after")
+    store = SnapshotStore(root, file_system=files)
+    assert store.save("own", 1, tensors(1)).result(10)
+    assert sessions_in(root) == [store.session]
+    end(store)
+
+
+def test_the_lock_of_a_session_that_was_reclaimed_meanwhile_counts_for_nothing(
+    processes: Processes, root: Path, files: FaultyFileSystem
+) -> None:
+    """Between its look and its lock another reclaimer has removed it all: the second one touches nothing."""
+    dead = leave_dead_session(processes, root)
+    with files.pause("lock", dead.name) as gate:
+        second = SnapshotStore(root, file_system=files)
+        gate.wait_reached()
+        first = SnapshotStore(root)
+        wait_until(lambda: not dead.exists() and not list(root.glob(".dead-*")))
+    let_sweeper_finish(second)
+    assert not [call for call in files.calls if call.operation == "rename" and str(dead) in call.paths]
+    end(first)
+    end(second)
+
+
+def test_two_reclaimers_of_one_session_never_meet_in_it(
+    processes: Processes, root: Path, files: FaultyFileSystem
+) -> None:
+    dead = leave_dead_session(processes, root)
+    other = FaultyFileSystem()
+    with files.pause("unlink", ".dead-") as gate:
+        first = SnapshotStore(root, file_system=files)
+        gate.wait_reached()
+        second = SnapshotStore(root, file_system=other)
+        let_sweeper_finish(second)
+        assert other.count("unlink", ".dead-") == 0 and other.count("rename", dead.name) == 0
+    wait_until(lambda: sessions_in(root) == sorted([first.session, second.session]))
+    end(first)
+    end(second)
+
+
+@pytest.mark.parametrize("rounds", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_eight_processes_that_start_work_and_leave_together(
+    processes: Processes, root: Path, rounds: int
+) -> None:
+    """Each leftover is reclaimed exactly once, no live session is touched, and in the end nothing is left."""
+    for number in range(rounds):
+        leftovers = [leave_dead_session(processes, root, ["a", "b"]).name for _ in range(4)]
+        children = [processes.start("starts_with_others", root=str(root), name=f"p{each}") for each in range(8)]
+        assert {child.says() for child in children} == {"ready"}
+        for child in children:
+            child.tell("start")
+        reclaimed: Counter[str] = Counter()
+        for child in children:
+            word, _, said = child.says().partition(" ")
+            assert word == "worked", said
+            assert json.loads(said)["found"] == [0, 0, 0]
+            reclaimed.update(json.loads(said)["reclaimed"])
+        assert reclaimed == Counter(leftovers), f"round {number}"
+        for child in children:
+            child.tell("leave")
+        for child in children:
+            assert child.says() == "left True True"
+            assert child.wait() == 0
+        assert sessions_in(root) == []
+        processes.end_children()
+
+
+# -- adopting -----------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_restarts_finds_its_boundaries(processes: Processes, root: Path) -> None:
+    dead = leave_dead_session(processes, root)
+    inodes = {path.name: path.stat().st_ino for path in dead.glob("*.g*/*")}
+    store = SnapshotStore(root, ADOPT)
+    assert everything_in(store, set(BEFORE)) == BEFORE
+    assert {path.name: path.stat().st_ino for path in store.session.glob("*.g*/*")} == inodes, "by rename"
+    stats = store.stats()
+    assert stats.session_bytes == sum(
+        path.stat().st_blocks * 512 for path in store.session.glob("*.g*/*")
+    )
+    assert stats.accepted == 0
+    wait_until(lambda: not dead.exists())
+    save(store, ("a", 3), 1).result(10)
+    assert store.boundaries("a") == (1, 2, 3)
+    assert store.cleanup_request("a").clean
+    assert store.boundaries("a") == ()
+    end(store)
+    assert sessions_in(root) == []
+
+
+def test_adopted_snapshots_are_adopted_again(processes: Processes, root: Path) -> None:
+    leave_dead_session(processes, root)
+    for _ in range(3):
+        store = SnapshotStore(root, ADOPT)
+        assert everything_in(store, set(BEFORE)) == BEFORE
+        store.shutdown()
+    end(SnapshotStore(root, ADOPT))
+
+
+def spoil(path: Path, how: str) -> None:
+    raw = path.read_bytes()
+    spoilt = {
+        "empty": b"",
+        "cut in the header": raw[:40],
+        "cut in the data": raw[:-1],
+        "longer": raw + b"x",
+        "a flipped bit in the header": raw[:60] + bytes([raw[60] ^ 1]) + raw[61:],
+    }[how]
+    path.write_bytes(spoilt)
+
+
+@pytest.mark.parametrize(
+    "how", ["empty", "cut in the header", "cut in the data", "longer", "a flipped bit in the header"]
+)
+def test_a_torn_file_is_not_adopted_and_its_neighbours_are(
+    processes: Processes, root: Path, how: str
+) -> None:
+    dead = leave_dead_session(processes, root)
+    (torn,) = dead.glob("*.g*/2.safetensors")
+    spoil(torn, how)
+    store = SnapshotStore(root, ADOPT)
+    assert everything_in(store, set(BEFORE)) == {**BEFORE, ("a", 2): None}
+    wait_until(lambda: sessions_in(root) == [store.session])
+    assert len(files_below(store.session)) == 2
+    end(store)
+
+
+def plant(dead: Path, what: str) -> None:
+    (generation,) = {path.parent for path in dead.glob("*.g*/2.safetensors")}
+    sound = generation / "2.safetensors"
+    if what == "temporary files":
+        (dead / ".tmp" / "0123456789").write_bytes(sound.read_bytes())
+        (dead / ".trash" / "0123456789").mkdir()
+    elif what == "a file under another name":
+        shutil.copy(sound, generation / "7.safetensors")
+    elif what == "a file of another request":
+        shutil.copytree(generation, dead / f"{'0' * 32}.g9")
+    elif what == "a file of another generation":
+        shutil.copytree(generation, dead / generation.name.replace(".g1", ".g9"))
+        shutil.rmtree(generation)
+    elif what == "a link to a file":
+        (generation / "7.safetensors").symlink_to(sound)
+    elif what == "a link to a directory":
+        (dead / f"{'1' * 32}.g9").symlink_to(generation)
+    elif what == "a FIFO":
+        os.mkfifo(generation / "7.safetensors")
+    elif what == "directories and files of somebody":
+        (generation / "notes.txt").write_text("hello")
+        (generation / "9.safetensors").mkdir()
+        (dead / f"{'2' * 32}.g1").write_text("no directory")
+
+
+@pytest.mark.parametrize(
+    ("what", "lost"),
+    [
+        ("temporary files", []),
+        ("a file under another name", []),
+        ("a file of another request", []),
+        ("a file of another generation", [("a", 1), ("a", 2)]),
+        ("a link to a file", []),
+        ("a link to a directory", []),
+        ("a FIFO", []),
+        ("directories and files of somebody", []),
+    ],
+)
+def test_what_is_no_snapshot_of_that_session_is_not_adopted(
+    processes: Processes, root: Path, what: str, lost: list[tuple[str, int]]
+) -> None:
+    plant(leave_dead_session(processes, root), what)
+    store = SnapshotStore(root, ADOPT)
+    expected = {key: None if key in lost else version for key, version in BEFORE.items()}
+    assert everything_in(store, {*BEFORE, ("a", 7), ("a", 9)}) == {**expected, ("a", 7): None, ("a", 9): None}
+    wait_until(lambda: sessions_in(root) == [store.session])
+    assert all(path.is_file() and not path.is_symlink() for path in store.session.glob("*.g*/*"))
+    end(store)
+
+
+def leave_session_with(root: Path, versions: dict[tuple[str, int], int]) -> Path:
+    """A session whose store has gone, and kept its files."""
+    store = SnapshotStore(root, KEEP)
+    for key, version in versions.items():
+        save(store, key, version).result(10)
+    store.shutdown()
+    return store.session
+
+
+def test_of_a_request_in_two_dead_sessions_the_newest_life_is_adopted_and_no_other(root: Path) -> None:
+    leave_session_with(root, {("a", 1): 1, ("a", 2): 1, ("b", 1): 1})
+    leave_session_with(root, {("a", 1): 2, ("c", 1): 2})
+    store = SnapshotStore(root, ADOPT)
+    found = everything_in(store, {("a", 1), ("a", 2), ("b", 1), ("c", 1)})
+    assert found == {("a", 1): 2, ("a", 2): None, ("b", 1): 1, ("c", 1): 2}
+    wait_until(lambda: sessions_in(root) == [store.session])
+    end(store)
+
+
+def test_the_newest_session_is_the_one_that_was_opened_last_also_within_one_second(root: Path) -> None:
+    """Names tell seconds and process numbers, of which 1000 comes before 999."""
+    older, newer = (leave_session_with(root, {("a", 1): version}) for version in (1, 2))
+    for session, number, name in ((older, 999, "00000000"), (newer, 1000, "11111111")):
+        record = json.loads((session / "owner.json").read_text())
+        (session / "owner.json").write_text(json.dumps({**record, "pid": number}))
+        session.rename(root / f"20260101T000000Z-{number}-{name}")
+    store = SnapshotStore(root, ADOPT)
+    assert everything_in(store, {("a", 1)}) == {("a", 1): 2}
+    end(store)
+
+
+def test_an_earlier_life_does_not_come_back_when_the_newest_is_torn(root: Path) -> None:
+    leave_session_with(root, {("a", 1): 1})
+    newer = leave_session_with(root, {("a", 1): 2})
+    (torn,) = newer.glob("*.g*/1.safetensors")
+    spoil(torn, "cut in the data")
+    store = SnapshotStore(root, ADOPT)
+    with pytest.raises(SnapshotNotFoundError):
+        store.load("a", 1)
+    wait_until(lambda: sessions_in(root) == [store.session])
+    end(store)
+
+
+def test_new_saves_of_an_adopted_request_go_into_its_life_and_new_requests_into_later_ones(
+    processes: Processes, root: Path
+) -> None:
+    leave_dead_session(processes, root)
+    store = SnapshotStore(root, ADOPT)
+    adopted = {path.name for path in store.session.glob("*.g*")}
+    replaced = save(store, ("a", 1), 5).result(10)
+    assert replaced.path.parent.name in adopted
+    new = save(store, ("new", 1), 5).result(10)
+    assert new.generation > max(int(name.rpartition(".g")[2]) for name in adopted)
+    assert everything_in(store, {*BEFORE, ("new", 1)}) == {**BEFORE, ("a", 1): 5, ("new", 1): 5}
+    end(store)
+
+
+@pytest.mark.parametrize("operation", ["open_read", "read_into", "names", "open_lock", "lock", "rename"])
+def test_what_can_not_be_read_at_a_start_is_neither_adopted_nor_lost(
+    processes: Processes, root: Path, files: FaultyFileSystem, operation: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Too many open files, say: the next start adopts it."""
+    dead = leave_dead_session(processes, root)
+    path = "" if operation == "names" else dead.name
+    files.fail(operation, errno.EMFILE, path, skip=1 if operation == "names" else 0, times=5)
+    store = SnapshotStore(root, ADOPT, file_system=files)
+    files.heal()
+    let_sweeper_finish(store)
+    store.shutdown()
+    store = SnapshotStore(root, ADOPT)
+    assert everything_in(store, set(BEFORE)) == BEFORE
+    wait_until(lambda: sessions_in(root) == [store.session])
+    end(store)
+
+
+# -- roots --------------------------------------------------------------------------------------------------------
+
+
+def test_a_root_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with pytest.raises(RootError, match="symbolic link") as caught:
+        SnapshotStore(tmp_path / "link")
+    assert caught.value.errno == errno.ELOOP and str(caught.value.path) == str(tmp_path / "link")
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_a_root_that_is_a_dangling_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RootError, match="symbolic link"):
+        SnapshotStore(tmp_path / "link")
+
+
+def test_a_root_that_is_no_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(RootError, match=r"[nN]ot a directory") as caught:
+            SnapshotStore(path)
+        assert caught.value.errno == errno.ENOTDIR
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_directory_with_somebody_elses_files_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    before = tmp_path.stat().st_mode
+    with pytest.raises(RootError, match="marker") as caught:
+        SnapshotStore(tmp_path)
+    assert caught.value.errno == errno.EEXIST
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"] and tmp_path.stat().st_mode == before
+
+
+@pytest.mark.parametrize("marker", ['{"format": 2}', "{", "[]", ""])
+def test_a_root_of_another_format_is_refused(root: Path, marker: str) -> None:
+    root.mkdir()
+    (root / ".snapstore").write_text(marker)
+    with pytest.raises(RootError, match="marker"):
+        SnapshotStore(root)
+
+
+def test_a_root_on_a_read_only_disk_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "disk" / "root"
+    root.parent.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(root.parent)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("a file system can not be mounted here: " + mounted.stderr.decode())
+    try:
+        end(SnapshotStore(root))
+        for path in (root, root.parent / "new"):
+            subprocess.run(["mount", "-o", "remount,ro", str(root.parent)], check=True)
+            with pytest.raises(RootError, match="Read-only") as caught:
+                SnapshotStore(path)
+            assert caught.value.errno == errno.EROFS
+    finally:
+        subprocess.run(["umount", str(root.parent)], check=True)
+
+
+def test_a_root_that_fails_in_the_middle_of_opening_leaves_nothing_behind(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    end(SnapshotStore(root))
+    files.fail("make_directory", errno.ENOSPC, ".trash")
+    with pytest.raises(RootError, match="No space left") as caught:
+        SnapshotStore(root, file_system=files)
+    assert caught.value.errno == errno.ENOSPC
+    assert sessions_in(root) == []
+
+
+def test_parents_of_a_root_are_made(tmp_path: Path) -> None:
+    store = SnapshotStore(tmp_path / "a" / "b" / "root")
+    end(store)
+    assert mode_of(store.root) == 0o700
+
+
+def test_threads_that_can_not_be_started_leave_nothing_behind(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = threading.Thread.start
+    for name in ("snapstore-sweeper", "snapstore-writer"):
+
+        def start(thread: threading.Thread, name: str = name) -> None:
+            if thread.name == name:
+                raise RuntimeError("can't start new thread")
+            begin(thread)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(RuntimeError, match="new thread"):
+                SnapshotStore(root)
+        wait_until(lambda: sessions_in(root) == [])
+
+
+# -- modes --------------------------------------------------------------------------------------------------------
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+@pytest.fixture(params=[0o000, 0o022, 0o777], ids=oct)
+def umask(request: pytest.FixtureRequest):
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+def test_everything_is_private_and_usable_whatever_the_umask(root: Path, umask: None) -> None:
+    store = SnapshotStore(root)
+    store.save("request", 1, tensors(1)).result(10)
+    for path in [root, *root.rglob("*")]:
+        assert mode_of(path) == (0o700 if path.is_dir() else 0o600), path
+    end(store)
+
+
+def test_a_root_that_a_store_has_made_is_tightened_again(root: Path) -> None:
+    end(SnapshotStore(root))
+    root.chmod(0o755)
+    end(SnapshotStore(root))
+    assert mode_of(root) == 0o700
+
+
+def test_a_root_that_was_given_keeps_its_mode(root: Path) -> None:
+    root.mkdir(mode=0o755)
+    root.chmod(0o755)
+    for _ in range(2):
+        store = SnapshotStore(root)
+        assert mode_of(root) == 0o755 and mode_of(store.session) == 0o700
+        end(store)
+
+
+def test_adopted_files_are_tightened(processes: Processes, root: Path) -> None:
+    dead = leave_dead_session(processes, root)
+    for path in dead.rglob("*.g*"):
+        path.chmod(0o755)
+    for path in dead.rglob("*.safetensors"):
+        path.chmod(0o644)
+    store = SnapshotStore(root, ADOPT)
+    for path in store.session.rglob("*"):
+        assert mode_of(path) == (0o700 if path.is_dir() else 0o600), path
+    end(store)
+
+
+def test_a_store_in_use_mends_what_somebody_removed(root: Path, eventually) -> None:
+    """See ``test_space`` for what its saves say meanwhile."""
+    store = SnapshotStore(root)
+    store.save("request", 1, tensors(1)).result(10)
+    shutil.rmtree(store.session / ".trash")
+    assert store.cleanup_request("request").clean
+    eventually(lambda: files_below(store.session) == [])
+    end(store)
