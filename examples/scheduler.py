@@ -75,24 +75,24 @@ class Scheduler:
 
     # -- what a server calls ------------------------------------------------------------------------------------
 
-    def submit(self, id: str, prompt: Sequence[int], max_tokens: int) -> Request:  # noqa: A002
+    def submit(self, request_id: str, prompt: Sequence[int], max_tokens: int) -> Request:
         """Queue a request. An id may be used again: what an earlier one left is forgotten first."""
-        self.abort(id)
-        request = Request(id, prompt, max_tokens)
+        self.abort(request_id)
+        request = Request(request_id, prompt, max_tokens)
         self.waiting.append(request)
         return request
 
-    def abort(self, id: str) -> None:  # noqa: A002
+    def abort(self, request_id: str) -> None:
         """Forget a request, whatever it is doing. From here on its boundaries are nobody's prefix."""
-        self.known.pop(id, None)
-        self.waiting = deque(each for each in self.waiting if each.id != id)
-        for request in [each for each in self.running.values() if each.id == id]:
+        self.known.pop(request_id, None)
+        self.waiting = deque(each for each in self.waiting if each.id != request_id)
+        for request in [each for each in self.running.values() if each.id == request_id]:
             self._leave(request)
-        self.store.cleanup_request(id)
+        self.store.cleanup_request(request_id)
 
-    def preempt(self, id: str) -> None:  # noqa: A002
+    def preempt(self, request_id: str) -> None:
         """Take a running request out of the batch; it is next in the queue, under its id, and loses nothing."""
-        for request in [each for each in self.running.values() if each.id == id]:
+        for request in [each for each in self.running.values() if each.id == request_id]:
             self._save(request)
             self._leave(request)
             self.waiting.appendleft(request)
@@ -100,7 +100,8 @@ class Scheduler:
     def reset(self) -> None:
         """Drop every request and every boundary."""
         self.waiting.clear()
-        self.running.clear()
+        for request in [*self.running.values()]:
+            self._leave(request)
         self.known.clear()
         self.store.cleanup_all()
 
@@ -207,6 +208,7 @@ class Scheduler:
 
 def main() -> int:
     """Requests that begin alike, one that is aborted and one that is preempted; then the figures."""
+    torch.set_num_threads(1)  # the model is too small to share out
     with tempfile.TemporaryDirectory(prefix="snapstore-scheduler-") as folder:
         store = SnapshotStore(Path(folder) / "root")
         with install_sigterm_handler(store):

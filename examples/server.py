@@ -4,17 +4,17 @@
     curl -N localhost:8000/requests/alice -d '{"prompt": [1, 2, 3], "max_tokens": 20}'    # a token a line
     curl -X DELETE localhost:8000/requests/alice
 
-A request is admitted when there is a place, begins at the longest saved prefix that it shares with an earlier one, and is
-fed in chunks on a thread; its state is saved at each boundary. Deleted, or its client gone, it is forgotten. When the
-server stops (uvicorn does so at SIGTERM), the store's session goes with it. The application is Starlette's; in FastAPI
-the same ``lifespan`` and endpoints are passed to, or mounted in, ``FastAPI(lifespan=...)``.
+A request is admitted when there is a place, begins at the longest saved prefix that it shares with an earlier one, and
+is fed in chunks on a thread; its state is saved at each boundary. Deleted, or its client gone, it is forgotten. When
+the server stops (uvicorn does so at SIGTERM), the store's session goes with it. The application is Starlette's, which
+is what FastAPI is made of: there, pass the same ``lifespan`` and ``routes``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -54,33 +54,35 @@ class Engine:
     running: dict[str, Life] = field(default_factory=dict)
     places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PLACES))
 
-    async def generate(self, id: str, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[int]:  # noqa: A002
+    async def generate(
+        self, request_id: str, prompt: Sequence[int], max_tokens: int
+    ) -> AsyncGenerator[int, None]:
         """Tokens as they come. If it is closed, cancelled or aborted before the end, the request is forgotten."""
-        await self.abort(id)
-        life = self.running[id] = Life(list(prompt))
+        await self.abort(request_id)
+        life = self.running[request_id] = Life(list(prompt))
         finished = False
         try:
             async with self.places:
-                async for token in self._tokens(id, life, len(prompt) + max_tokens):
+                async for token in self._tokens(request_id, life, len(prompt) + max_tokens):
                     yield token
             finished = not life.aborted
         finally:
-            if self.running.get(id) is life:
-                del self.running[id]
+            if self.running.get(request_id) is life:
+                del self.running[request_id]
                 if finished:
-                    self.known[id] = life
+                    self.known[request_id] = life
                 else:
-                    await self.store.cleanup_request(id)
+                    await self.store.cleanup_request(request_id)
 
-    async def abort(self, id: str) -> None:  # noqa: A002
+    async def abort(self, request_id: str) -> None:
         """Forget a request, whatever it is doing. The marks are made before the first await."""
-        self.known.pop(id, None)
-        life = self.running.pop(id, None)
+        self.known.pop(request_id, None)
+        life = self.running.pop(request_id, None)
         if life is not None:
             life.aborted = True
-        await self.store.cleanup_request(id)
+        await self.store.cleanup_request(request_id)
 
-    async def _tokens(self, id: str, life: Life, most: int) -> AsyncIterator[int]:  # noqa: A002
+    async def _tokens(self, request_id: str, life: Life, most: int) -> AsyncGenerator[int, None]:
         state, done = await self._begin(life)
         while len(life.tokens) < most and not life.aborted:
             count = min(CHUNK, len(life.tokens) - done, BLOCK - done % BLOCK)
@@ -89,7 +91,7 @@ class Engine:
             if life.aborted:
                 return
             if done % BLOCK == 0:
-                await self._save(id, done, state)
+                await self._save(request_id, done, state)
             if done == len(life.tokens):
                 life.tokens.append(following)
                 yield following
@@ -118,11 +120,11 @@ class Engine:
             following = self.model.step(torch.tensor([token]), torch.tensor([True]), state)
         return int(following)
 
-    async def _save(self, id: str, done: int, state: State) -> None:  # noqa: A002
+    async def _save(self, request_id: str, done: int, state: State) -> None:
         try:
-            await self.store.save(id, done, {name: tensor[0] for name, tensor in state.items()})
+            await self.store.save(request_id, done, {name: tensor[0] for name, tensor in state.items()})
         except SnapstoreError as error:
-            sys.stderr.write(f"{id} goes on without a boundary at {done}: {error}\n")
+            sys.stderr.write(f"{request_id} goes on without a boundary at {done}: {error}\n")
 
 
 async def generate(request: Request) -> Response:
@@ -150,8 +152,8 @@ async def look(request: Request) -> Response:
     """``GET /``: how the store is, what is saved, and how many tokens each request did not have to compute."""
     engine: Engine = request.app.state.engine
     lives = {**engine.known, **engine.running}
-    saved = {id: await engine.store.boundaries(id) for id in lives}
-    skipped = {id: life.skipped for id, life in lives.items()}
+    saved = {name: await engine.store.boundaries(name) for name in lives}
+    skipped = {name: life.skipped for name, life in lives.items()}
     return JSONResponse({"status": engine.store.health().status, "boundaries": saved, "skipped": skipped})
 
 
@@ -178,4 +180,5 @@ def application(root: str) -> Starlette:
 if __name__ == "__main__":
     import uvicorn
 
+    torch.set_num_threads(1)  # the model is too small to share out
     uvicorn.run(application(sys.argv[1]), port=int(sys.argv[2]), timeout_graceful_shutdown=5)

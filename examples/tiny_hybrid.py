@@ -22,7 +22,7 @@ class TinyHybrid:
         random = torch.Generator().manual_seed(seed)
 
         def weights(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=random) / shape[-1] ** 0.5
+            return torch.randn(shape, generator=random).div(shape[-1] ** 0.5)
 
         self.embedding = weights(VOCABULARY, WIDTH) * 4
         self.decay = torch.rand((WIDTH, STATE), generator=random) * 0.5 + 0.5

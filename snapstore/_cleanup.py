@@ -14,7 +14,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from snapstore._events import Repeats
 from snapstore._files import FileSystem, exists, remove_tree
+from snapstore._reasons import reason_of
 from snapstore._records import Life
 from snapstore._session import Budget, Session, reclaim
 from snapstore._state import State
@@ -105,6 +107,7 @@ class Sweeper:
         self._ending: Ending | None = None
         self._failing = False
         self._failed_now = False
+        self._failures = Repeats(_log, "removal_failed")
         self._looked_s = -math.inf
         self.busy_since_s: float | None = None
         """When the removal that is under way began; ``None`` while there is none."""
@@ -210,10 +213,21 @@ class Sweeper:
         except OSError as error:
             budget.errors.append(error)
         if budget.gone:
-            _log.info("reclaimed %d sessions whose owners are dead", budget.gone)
+            _log.info(
+                "leftovers_reclaimed: %d sessions whose owners are dead",
+                budget.gone,
+                extra={"event": "leftovers_reclaimed", "count": budget.gone},
+            )
         if budget.errors:
             _log.warning(
-                "%d leftovers could not be removed, the first: %s", len(budget.errors), budget.errors[0]
+                "leftovers_stay: %d could not be removed, the first: %s",
+                len(budget.errors),
+                budget.errors[0],
+                extra={
+                    "event": "leftovers_stay",
+                    "count": len(budget.errors),
+                    "reason": reason_of(budget.errors[0]),
+                },
             )
 
     def _attend(self, budget: Budget) -> None:
@@ -238,14 +252,15 @@ class Sweeper:
 
     def _note_failure(self, error: OSError) -> None:
         """One warning at the change, not one a directory."""
-        level = logging.DEBUG if self._failing else logging.WARNING
         self._failing = self._failed_now = True
-        _log.log(level, "could not remove: %s; it is tried again at the next cleanup and at shutdown", error)
+        self._failures.failed(
+            error, "could not remove; it is tried again at the next cleanup and at shutdown"
+        )
 
     def _note_recovery(self) -> None:
         if self._failing and not self._failed_now and self._state.removals_work():
             self._failing = False
-            _log.info("removals work again")
+            self._failures.worked()
 
 
 class _TimeIsUp(Exception):

@@ -12,7 +12,12 @@ from snapstore._types import SnapshotInfo
 
 
 class CommittedFile(io.RawIOBase):
-    """The bytes of one committed file, through the store's file system. Each read blocks for the disk.
+    """The bytes of one committed file, through the store's file system. Opening and each read block for the disk.
+
+    Args:
+        files: the disk.
+        info: where the file is.
+        fd: the file, if it is open already; it is closed with this.
 
     Attributes:
         info: what was committed.
@@ -20,11 +25,11 @@ class CommittedFile(io.RawIOBase):
         tag: a text that differs for every file, also for two saves of one key.
     """
 
-    def __init__(self, files: FileSystem, info: SnapshotInfo) -> None:
+    def __init__(self, files: FileSystem, info: SnapshotInfo, fd: int | None = None) -> None:
         self._files = files
         self._offset = 0
         self._fd = -1
-        self._fd = files.open_read(str(info.path))
+        self._fd = files.open_read(str(info.path)) if fd is None else fd
         try:
             status = files.status(self._fd)
         except BaseException:

@@ -141,9 +141,10 @@ class Engine:
             self.state.adopt(info, found.disk_bytes)
         if adoption.errors:
             _log.warning(
-                "%d leftovers could not be adopted and are kept for the next start, the first: %s",
+                "leftovers_not_adopted: %d are kept for the next start, the first: %s",
                 len(adoption.errors),
                 adoption.errors[0],
+                extra={"event": "leftovers_not_adopted", "count": len(adoption.errors)},
             )
         return frozenset(adoption.emptied)
 
@@ -197,7 +198,9 @@ class Engine:
             except BaseException as error:  # noqa: BLE001 - a thread's top
                 last = start + 1 == _STARTS
                 what = f"the {name} thread died of {type(error).__name__}: {error}"
-                _log.critical("%s%s", what, "" if last else "; it is started again", exc_info=error)
+                extra = {"event": "thread_died", "reason": "bug", "thread": name}
+                more = "" if last else "; it is started again"
+                _log.critical("thread_died: %s%s", what, more, exc_info=error, extra=extra)
                 if last or self._ending.locked():
                     self._deaths.append(what)
                 _guarded(lambda error=error, last=last: died(error, for_good=last))  # type: ignore[misc]
@@ -256,7 +259,8 @@ class Engine:
         before, after = ending.before, self.state.published
         errors = (*ending.errors, *self._deaths, *self._stuck(ending), *ending.of_sweeper.errors)
         for error in errors:
-            _log.warning("shutdown of %s: %s", self.session.path, error)
+            extra = {"event": "shutdown_problem", "path": self.session.path}
+            _log.warning("shutdown_problem: %s: %s", self.session.path, error, extra=extra)
         return ShutdownReport(
             committed=after.committed - before.committed,
             cancelled=after.cancelled - before.cancelled,
@@ -299,7 +303,8 @@ def _guarded(step: Callable[[], object]) -> str | None:
     try:
         step()
     except BaseException as error:  # noqa: BLE001 - a thread's top
-        _log.critical("a step of a store's end failed; the others are made", exc_info=error)
+        extra = {"event": "shutdown_step_failed", "reason": "bug"}
+        _log.critical("shutdown_step_failed: the others are made", exc_info=error, extra=extra)
         return f"{type(error).__name__}: {error}"
     return None
 

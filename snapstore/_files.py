@@ -240,34 +240,6 @@ def disk_bytes(status: os.stat_result) -> int:
     return status.st_blocks * 512
 
 
-FileIdentity = tuple[int, int]
-"""Device and inode: what a file is, whatever it is called."""
-
-
-def identity_of(status: os.stat_result) -> FileIdentity:
-    return status.st_dev, status.st_ino
-
-
-def close_if_it_is(fd: int, identity: FileIdentity) -> None:
-    """Close ``fd`` if it is open on that very file. For a child that was just forked, which has one thread."""
-    try:
-        if identity_of(os.fstat(fd)) == identity:
-            os.close(fd)
-    except OSError:
-        return  # it is not open at all
-
-
-def close_copies(path: str, dir_fd: int | None) -> None:
-    """Close what is open on the file at ``path``. For a child that was just forked, which has one thread."""
-    try:
-        identity = identity_of(os.stat(path, dir_fd=dir_fd, follow_symlinks=False))
-        numbers = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:
-        return  # the file is gone, or was not made yet
-    for fd in numbers:
-        close_if_it_is(fd, identity)
-
-
 def freed_by_unlinking(status: os.stat_result) -> int:
     """Bytes of disk that come free with this name: none while the file has another one."""
     return disk_bytes(status) if status.st_nlink == 1 else 0

@@ -191,12 +191,11 @@ class Flights:
     def await_work(self, lane: Lane, pause_s: float) -> bool:
         """Wait for something to start, or ``pause_s`` if something may have been reached by then. False: the end."""
         with self._lock:
-            if not (lane.flying or lane.landings):
-                self._recover_locked(lane)  # the driver has let the thread go, and owes it nothing
             while not lane.waiting:
                 if lane.flying or lane.landings:
                     lane.work.wait(pause_s)
                     return True
+                self._recover_locked(lane)  # the driver has let the thread go, and owes it nothing
                 if self._closing:
                     return False
                 lane.work.wait()
@@ -397,6 +396,7 @@ class Flights:
     def _stick_locked(self, lane: Lane, verdict: Verdict) -> None:
         lane.status = "stuck"
         lane.error = TimeoutError(f"{lane.device.name} reached nothing for {self._timeout_s} s")
+        lane.work.notify()
         self._fail_lane_locked(lane, verdict, lane.error)
 
     def _fail_lane_locked(self, lane: Lane, verdict: Verdict, error: BaseException) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,15 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from snapstore._files import (
-    FileIdentity,
-    FileSystem,
-    close_copies,
-    close_if_it_is,
-    identity_of,
-    opened,
-    read_exactly,
-)
+from snapstore._files import FileSystem, opened, read_exactly
 from snapstore._paths import OWNER_LOCK, OWNER_RECORD, join
 
 Liveness = Literal["alive", "dead", "unknown"]
@@ -75,8 +68,6 @@ class OwnerLock:
     def __init__(self, files: FileSystem, fd: int) -> None:
         self._files = files
         self._fd: int | None = fd
-        self._identity: FileIdentity | None = None
-        self._leaving: int | None = None
 
     @classmethod
     def take(
@@ -87,12 +78,12 @@ class OwnerLock:
         With ``dir_fd`` the directory is named below that open one: ``"."`` for that one itself.
         """
         path = join(directory, OWNER_LOCK)
-        with _being_opened(path, dir_fd):
+        with _books.change():
             fd = files.open_lock(path, create=create, dir_fd=dir_fd)
             lock = cls(files, fd)
-            _held.add(lock)
+            _books.held.add(lock)
         try:
-            if files.lock(fd) and lock._stands_at(fd, path, dir_fd):
+            if files.lock(fd) and _same_file(files, fd, path, dir_fd):
                 return lock
         except BaseException:
             lock.release()
@@ -102,56 +93,70 @@ class OwnerLock:
 
     def release(self) -> None:
         """Close the descriptor, which drops the lock. Twice is fine."""
-        self._leaving = self._fd
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            with suppress(OSError):  # it is closed all the same
-                self._files.close(fd)
-        _held.discard(self)
-
-    def _stands_at(self, fd: int, path: str, dir_fd: int | None) -> bool:
-        """True if the path still names the file that was locked: another owner may have removed it just before."""
-        self._identity = identity_of(self._files.status(fd))
-        try:
-            return self._identity == identity_of(self._files.status_at(path, dir_fd=dir_fd))
-        except FileNotFoundError:
-            return False
+        with _books.change():
+            fd, self._fd = self._fd, None
+            _books.held.discard(self)
+            if fd is not None:
+                with suppress(OSError):  # it is closed all the same
+                    self._files.close(fd)
 
     def _forget_in_child(self) -> None:
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
-        elif self._leaving is not None and self._identity is not None:
-            # The fork came while another thread was closing it: here it may be open still, or be something else's.
-            close_if_it_is(self._leaving, self._identity)
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd = None
 
 
-_held: set[OwnerLock] = set()
-_opening: dict[object, tuple[str, int | None]] = {}
-"""Lock files that a thread is opening just now: a fork in that moment may inherit a descriptor that nobody knows yet."""
+# -- fork -----------------------------------------------------------------------------------------------------------
+# A forked child closes its copies of the descriptors. That leaves the parent's locks as they are; unlocking would drop
+# them, since both share one open file.
 
 
-@contextmanager
-def _being_opened(path: str, dir_fd: int | None) -> Iterator[None]:
-    me = object()
-    _opening[me] = (path, dir_fd)
-    try:
-        yield
-    finally:
-        del _opening[me]
+class _Books:
+    """The descriptors that a child has to close. A fork waits until what is being opened or closed is in the books.
+
+    But not for a disk that hangs: while that system call lasts, there is no descriptor that a child could inherit.
+    """
+
+    def __init__(self) -> None:
+        self.held: set[OwnerLock] = set()
+        self._changed = threading.Condition()
+        self._changing = 0
+        self._forking = 0
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Around a system call and its entry here. Any number of threads at once, but not beside a fork."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._forking, _FORK_WAITS_S)
+            self._changing += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._changing -= 1
+                self._changed.notify_all()
+
+    def before_fork(self) -> None:
+        with self._changed:
+            self._forking += 1
+            self._changed.wait_for(lambda: not self._changing, _FORK_WAITS_S)
+
+    def after_fork(self) -> None:
+        with self._changed:
+            self._forking -= 1
+            self._changed.notify_all()
+
+    def in_child(self) -> None:
+        for lock in self.held:
+            lock._forget_in_child()
+        self.__init__()  # type: ignore[misc]  # whoever held its lock is not here
 
 
-def _close_in_child() -> None:
-    # Closing leaves the parent's lock as it is; unlocking would drop it, since both share one open file.
-    for lock in _held:
-        lock._forget_in_child()
-    _held.clear()
-    for path, dir_fd in _opening.values():
-        close_copies(path, dir_fd)
-    _opening.clear()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
+_FORK_WAITS_S = 1.0
+_books = _Books()
+os.register_at_fork(
+    before=_books.before_fork, after_in_parent=_books.after_fork, after_in_child=_books.in_child
+)
 
 
 def read_record(files: FileSystem, directory: str, *, dir_fd: int | None = None) -> OwnerRecord | None:
@@ -183,6 +188,16 @@ def liveness(
         return "alive"
     lock.release()
     return "dead"
+
+
+def _same_file(files: FileSystem, fd: int, path: str, dir_fd: int | None) -> bool:
+    """True if the path still names the file that was locked: another owner may have removed it just before."""
+    try:
+        there = files.status_at(path, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return False
+    here = files.status(fd)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 
 def _boot_id() -> str:

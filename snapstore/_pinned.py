@@ -182,14 +182,15 @@ class PinnedPool:
             for start in range(0, limit_bytes, CHUNK_BYTES):
                 if not self._pin(slab, start):
                     break
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - recorded; without it the copies are slower, and that is all
             self.refused = f"{type(error).__name__}: {error}"
             _log.warning(
-                "only %d of %d bytes of host memory could be locked for device copies (%s); "
+                "not_pinned: only %d of %d bytes of host memory could be locked for device copies (%s); "
                 "what finds no place there is copied through ordinary memory, slower",
                 self.pinned_bytes,
                 limit_bytes,
                 self.refused,
+                extra={"event": "not_pinned", "reason": "device"},
             )
         if self._closing:
             self._unpin_all()
@@ -218,8 +219,11 @@ class PinnedPool:
             while self._chunks:
                 self._device.unpin(self._chunks[-1])
                 self._chunks.pop()
-        except (OSError, RuntimeError) as error:
-            _log.warning("%d bytes of host memory stay locked: %s", self.pinned_bytes, error)
+        except Exception as error:  # noqa: BLE001 - recorded; the slab stays where it is
+            extra = {"event": "stays_pinned", "reason": "device"}
+            _log.warning(
+                "stays_pinned: %d bytes of host memory stay locked: %s", self.pinned_bytes, error, extra=extra
+            )
             return
         _locked_slabs[:] = [each for each in _locked_slabs if each is not self._slab]
         self._slab = None

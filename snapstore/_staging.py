@@ -23,6 +23,7 @@ from snapstore._memory import BufferPool, HostImage, copy_bytes, segments_of
 from snapstore._options import StoreOptions
 from snapstore._pinned import HostBuffer, PinnedPool, pageable
 from snapstore._records import Job
+from snapstore._reasons import reason_of
 from snapstore._state import State
 from snapstore._types import SnapshotKey
 from snapstore.adapters import Adapter
@@ -175,7 +176,13 @@ class Staging:
                 longest_s = _STUCK_PAUSE_S if lane.status == "stuck" else _LONG_PAUSE_S
                 pause_s = _SHORT_PAUSE_S if moved else min(1.5 * pause_s, longest_s)
         except BaseException as error:  # noqa: BLE001 - recorded, and in every ticket and report from here on
-            _log.critical("%s is lost, and with it what it had to copy", lane.device.name, exc_info=error)
+            extra = {"event": "device_lost", "reason": "device", "device": lane.device.name}
+            _log.critical(
+                "device_lost: %s, and with it what it had to copy",
+                lane.device.name,
+                exc_info=error,
+                extra=extra,
+            )
             self._act(self._flights.lose(lane, error.with_traceback(None)))
             if lane.flying or lane.landings:
                 _lost.append(lane)
@@ -199,12 +206,16 @@ class Staging:
         if part is None:
             return False
         try:
-            part.mark = channel.start(part.after, _moves(part))
+            part.mark = channel.start(part.after, _moves_of_part(part))
         except DeviceLostError:
             raise
         except RuntimeError as error:
             _log.warning(
-                "%s refused the copy of %s", lane.device.name, part.submission.job.key, exc_info=error
+                "device_refused: %s did not take the copy of %s",
+                lane.device.name,
+                part.submission.job.key,
+                exc_info=error,
+                extra={"event": "device_refused", "reason": reason_of(error), "device": lane.device.name},
             )
             self._act(self._flights.failed(part, error.with_traceback(None)))
             part.mark = channel.mark()
@@ -227,7 +238,7 @@ class Staging:
     def _watch(self) -> None:
         while (verdict := self._flights.await_overdue()) is not None:
             for why in dict.fromkeys(str(error) for _, error in verdict.abandon):
-                _log.error("a device is stuck: %s", why)
+                _log.error("device_stuck: %s", why, extra={"event": "device_stuck", "reason": "timeout"})
             self._act(verdict)
             del verdict
 
@@ -325,15 +336,17 @@ def _copy_host_tensors(placed: Placed, target: memoryview) -> None:
             copy_bytes(view, target[offset : offset + len(view)])
 
 
-def _moves(part: Part) -> list[Move]:
+def _moves_of_part(part: Part) -> list[Move]:
+    submission = part.submission
+    return list(moves_of(part.blocks, part.indices, submission.layout, submission.buffer))
+
+
+def moves_of(
+    blocks: Iterable[Block], indices: Sequence[int], layout: Layout, buffer: HostBuffer
+) -> Iterator[Move]:
     """What to copy where: blocks and places in the file side by side, cut wherever either of them ends."""
-    buffer = part.submission.buffer
-    pieces = (
-        piece
-        for begin, end in _spans(part.submission.layout, part.indices)
-        for piece in buffer.pieces(begin, end)
-    )
-    return list(_matched(iter(part.blocks), pieces))
+    spans = _spans(layout, indices)
+    return _matched(iter(blocks), (piece for begin, end in spans for piece in buffer.pieces(begin, end)))
 
 
 def _matched(blocks: Iterator[Block], pieces: Iterable[memoryview]) -> Iterator[Move]:

@@ -314,30 +314,18 @@ class State:
                 raise TimeoutError(
                     f"{key} is still on its way from its device after {wait_s} s; try again later"
                 )
-            life = self._lives.get(key.request_id)
-            job = life.pending.get(key.token_count) if life else None
-            if job is not None:
-                job.holds += 1
-                return job
-            commit = life.committed.get(key.token_count) if life else None
-            if commit is not None:
-                return commit
-            error = life.failed.get(key.token_count) if life else None
-        if error is not None:
-            raise SaveFailedError(f"the save of {key} failed: {error}; save it again", key=key) from error
-        raise SnapshotNotFoundError(f"no snapshot of {key}: never saved here, or cleaned up", key=key)
+            found = self._find_locked(key)
+            if isinstance(found, Job):
+                found.holds += 1
+            return found
 
     def commit_of(self, key: SnapshotKey) -> Commit | None:
         """Where the snapshot is on disk; ``None``: not yet. Raises what ``find`` raises. Never waits."""
         with self._lock:
-            life = self._lives.get(key.request_id)
-            if self._is_coming_locked(key) or (life is not None and key.token_count in life.pending):
+            if self._is_coming_locked(key):
                 return None
-        found = self.find(key)
-        if isinstance(found, Job):
-            self.let_go_memory(found)
-            return None
-        return found
+            found = self._find_locked(key)
+            return None if isinstance(found, Job) else found
 
     def note(self, name: str, seconds: float) -> None:
         """One more observation for a histogram of ``_latency.Latencies``."""
@@ -374,7 +362,7 @@ class State:
             life = self._lives.get(request_id)
             if life is None:
                 return ()
-            coming = (job.key.token_count for job in life.staging if job.on_its_way)
+            coming = (job.key.token_count for job in life.staging if self._is_coming_locked(job.key))
             return tuple(sorted({*life.pending, *life.committed, *coming}))
 
     def has(self, key: SnapshotKey) -> bool:
@@ -597,6 +585,17 @@ class State:
         """A job has left STAGING: there may be one to claim, and somebody may wait for it or for the last of them."""
         self._work.notify()
         self._rest.notify_all()
+
+    def _find_locked(self, key: SnapshotKey) -> Job | Commit:
+        life = self._lives.get(key.request_id)
+        if life is not None:
+            found = life.pending.get(key.token_count) or life.committed.get(key.token_count)
+            if found is not None:
+                return found
+            error = life.failed.get(key.token_count)
+            if error is not None:
+                raise SaveFailedError(f"the save of {key} failed: {error}; save it again", key=key) from error
+        raise SnapshotNotFoundError(f"no snapshot of {key}: never saved here, or cleaned up", key=key)
 
     def _is_coming_locked(self, key: SnapshotKey) -> bool:
         """A save of the key later than what is readable is on its way from a device."""

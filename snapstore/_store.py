@@ -25,6 +25,7 @@ from snapstore._format import decode_metadata
 from snapstore._loading import Loader
 from snapstore._look import Moment, health_at, stats_at
 from snapstore._options import StoreOptions, seconds
+from snapstore._reasons import reason_of
 from snapstore._records import Commit, Job
 from snapstore._saving import fulfil, offered
 from snapstore._ticket import SaveTicket
@@ -364,7 +365,8 @@ def shutdown_all(
 
 
 def _failed_report(error: Exception) -> ShutdownReport:
-    _log.warning("shutdown failed: %s: %s", type(error).__name__, error)
+    extra = {"event": "shutdown_failed", "reason": reason_of(error)}
+    _log.warning("shutdown_failed: %s: %s", type(error).__name__, error, extra=extra)
     return ShutdownReport(0, 0, 0, (), 0, False, False, (f"{type(error).__name__}: {error}",), 0.0)
 
 
@@ -396,7 +398,13 @@ def _at_exit() -> None:
     for engine in engines:
         unwritten = engine.join_briefly(max(0.0, deadline_s - time.monotonic()))
         if unwritten:
-            _log.warning("%d saves of %s were not written before exit", unwritten, engine.session.path)
+            extra = {"event": "exit_unwritten", "count": unwritten}
+            _log.warning(
+                "exit_unwritten: %d saves of %s were not written before exit",
+                unwritten,
+                engine.session.path,
+                extra=extra,
+            )
 
 
 def _ended(ticket: SaveTicket, timeout_s: float | None) -> bool:

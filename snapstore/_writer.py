@@ -12,6 +12,7 @@ import os
 import traceback
 from pathlib import Path
 
+from snapstore._events import Repeats
 from snapstore._files import FileSystem, disk_bytes, opened, write_all
 from snapstore._format import Facts, checksums_of, encode_header
 from snapstore._options import StoreOptions
@@ -39,7 +40,7 @@ class Writer:
         self._options = options
         self._full = options.durability == "full"
         self._session_unsynced = False
-        self._failures = 0
+        self._failures = Repeats(_log, "save_failed")
         self._litter: list[str] = []
 
     def run(self) -> None:
@@ -191,15 +192,9 @@ class Writer:
 
     def _note_failure(self, job: Job, error: Exception) -> None:
         """One warning at the change, not one a job."""
-        self._failures += 1
-        level = logging.WARNING if self._failures == 1 else logging.DEBUG
-        _log.log(
-            level,
-            "the save of %s failed: %s: %s (later ones are counted, and reported when writes work again)",
-            job.key,
-            type(error).__name__,
-            error,
-        )
+        key = job.key
+        facts = {"request_id": key.request_id, "token_count": key.token_count, "nbytes": job.nbytes}
+        self._failures.failed(error, f"the save of {key} failed", generation=job.ticket.generation, **facts)
 
     def _mend(self, error: Exception) -> None:
         """Somebody may have removed the directories that it writes into."""
@@ -211,8 +206,6 @@ class Writer:
             _log.debug("the session directory can not be mended: %s", again)
 
     def _note_success(self) -> None:
-        if self._failures:
-            _log.info("writes work again after %d failed saves", self._failures)
-            self._failures = 0
+        self._failures.worked()
         if self._litter:
             self._tidy()

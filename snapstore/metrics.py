@@ -1,16 +1,16 @@
-"""``StoreCollector``: a store's counters, gauges and latencies for prometheus_client.
+"""``StoreCollector``: the counters, gauges and latencies of one store or several, for prometheus_client.
 
     registry = CollectorRegistry()
-    registry.register(StoreCollector(store, labels={"store": "boundaries"}))
+    registry.register(StoreCollector(store))
+    registry.register(StoreCollector({"boundaries": store, "prefixes": other}))     # several: told apart by ``store``
 
-A scrape reads one published value, so all that it says is of one moment. It takes no lock and asks neither disk nor
-device: it is answered while both hang. Nothing is registered anywhere but where the caller does.
+A scrape reads one published value of each store, so all that it says of a store is of one moment. It takes no lock and
+asks neither disk nor device: it is answered while both hang. Nothing is registered anywhere but where the caller does.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, get_args
 
 from prometheus_client.metrics_core import (
@@ -21,6 +21,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from snapstore._engine import Engine
 from snapstore._latency import BOUNDS_S, Histogram, Reasons
 from snapstore._look import Moment, health_at, stats_at
 from snapstore._reasons import FAILED, REJECTED
@@ -29,158 +30,187 @@ from snapstore._types import DeviceStatus, HealthStatus, StoreHealth, StoreStats
 
 __all__ = ["StoreCollector"]
 
-_LABEL = re.compile(r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*")
-_OWN_LABELS = frozenset({"reason", "source", "state", "device", "le"})
+_WRITER_STATES = ("idle", "writing", "stuck", "dead")
+
+_COUNTERS = (
+    ("saves_accepted", "accepted", "Saves that were accepted"),
+    ("saves_accepted_bytes", "accepted_bytes", "Tensor bytes of saves that were accepted"),
+    ("saves_committed", "committed", "Accepted saves that are on disk"),
+    ("saves_committed_bytes", "committed_bytes", "Tensor bytes of accepted saves that are on disk"),
+    (
+        "saves_cancelled",
+        "cancelled",
+        "Accepted saves that a cleanup, a later save of the key or shutdown cancelled",
+    ),
+    ("saves_cancelled_bytes", "cancelled_bytes", "Tensor bytes of accepted saves that were cancelled"),
+    ("cleanup_timeouts", "cleanup_timeouts", "Cleanups that did not see their end in time"),
+    ("writer_restarts", "writer_restarts", "Starts of the writer after a bug had ended it"),
+    ("device_copies_pageable", "pageable_copies", "Device copies through memory that was not pinned"),
+)
+_GAUGES = (
+    ("pending_saves", "pending", "Accepted saves that are not settled"),
+    ("pending_bytes", "pending_bytes", "Tensor bytes of accepted saves that are not settled"),
+    ("pending_oldest_seconds", "oldest_pending_s", "Age of the oldest accepted save that is not settled"),
+    ("live_requests", "live_requests", "Requests that are not cleaned up"),
+    ("live_snapshots", "live_snapshots", "Snapshots on disk that are not cleaned up"),
+    ("session_bytes", "session_bytes", "Disk that live snapshots take"),
+    ("trash_bytes", "trash_bytes", "Disk of what is forgotten and not freed yet"),
+    ("device_pending_saves", "on_devices", "Saves that wait for a copy by a device"),
+    ("leaked_bytes", "leaked_bytes", "Memory that is kept because a device may still touch it"),
+    ("pinned_bytes", "pinned_bytes", "Host memory that is locked for device copies"),
+)
+_HISTOGRAMS = (
+    ("save_seconds", "save", "Time of a save on the calling thread, without its wait for room"),
+    ("queue_wait_seconds", "queue_wait", "From the acceptance of a save to the hand of the writer"),
+    ("write_seconds", "write", "Time of a save in the hand of the writer"),
+    ("cleanup_wait_seconds", "cleanup_wait", "Wait of a cleanup for its files to go"),
+)
 
 
 class StoreCollector(Collector):
     """What ``registry.register`` takes.
 
     Args:
-        store: an open ``SnapshotStore``. Shut down, it is still answered for, as ``dead``.
-        labels: put on every series, to tell the stores of one registry apart. The same names for each of them.
+        store: an open ``SnapshotStore``, or several by name. Shut down, a store is still answered for, as ``dead``.
     """
 
-    def __init__(self, store: SnapshotStore, *, labels: Mapping[str, str] | None = None) -> None:
-        self._engine = store._engine
-        self._labels = dict(labels or {})
-        for name in self._labels:
-            if not _LABEL.fullmatch(name) or name in _OWN_LABELS:
-                raise ValueError(f"{name!r} can not be a label here; choose another name")
+    def __init__(self, store: SnapshotStore | Mapping[str, SnapshotStore]) -> None:
+        self._label_names = [] if isinstance(store, SnapshotStore) else ["store"]
+        named = {"": store} if isinstance(store, SnapshotStore) else dict(store)
+        self._engines = {name: each._engine for name, each in named.items()}
 
-    def describe(self) -> list[Metric]:
-        """None: a registry that holds two stores' collectors would take their equal names for a mistake."""
-        return []
+    def describe(self) -> Iterable[Metric]:
+        """The same families: a second collector in one registry is refused by it, since their series would mix."""
+        return self.collect()
 
     def collect(self) -> Iterator[Metric]:
-        """Everything, of one moment. Never blocks."""
-        moment = Moment.of(self._engine)
-        families = _Families(self._labels, moment)
-        yield from families.counters(stats_at(moment))
-        yield from families.gauges(stats_at(moment), health_at(self._engine, moment))
-        yield from families.histograms()
+        """Everything, of each store at one moment. Never blocks."""
+        scrapes = [
+            _Scrape.of([name] if self._label_names else [], engine) for name, engine in self._engines.items()
+        ]
+        names = self._label_names
+        yield from _counters(names, scrapes)
+        yield from _gauges(names, scrapes)
+        yield from _histograms(names, scrapes)
 
 
-class _Families(NamedTuple):
-    """The families of one scrape."""
+class _Scrape(NamedTuple):
+    """One store at one moment, and the values of its labels."""
 
-    labels: Mapping[str, str]
+    labels: list[str]
     moment: Moment
+    stats: StoreStats
+    health: StoreHealth
+    writer: str
 
-    def counters(self, stats: StoreStats) -> Iterator[Metric]:
-        for word, what in (
-            ("accepted", "Saves that were accepted"),
-            ("committed", "Accepted saves that are on disk"),
-            (
-                "cancelled",
-                "Accepted saves that were cancelled by a cleanup, a later save of the key, or shutdown",
-            ),
-        ):
-            yield self._counter(f"saves_{word}", what, getattr(stats, word))
-            yield self._counter(
-                f"saves_{word}_bytes", f"{what}, in tensor bytes", getattr(stats, f"{word}_bytes")
-            )
-        published = self.moment.published
-        yield from self._reasons(
-            "failed", "Accepted saves that could not be written", published.failures, FAILED
-        )
-        yield from self._reasons("rejected", "Saves that were not accepted", published.rejections, REJECTED)
-        yield self._counter(
-            "cleanup_timeouts", "Cleanups that did not see the end in time", stats.cleanup_timeouts
-        )
-        yield self._counter(
-            "writer_restarts", "Starts of the writer after a bug ended it", stats.writer_restarts
-        )
-        yield self._counter(
-            "device_copies_pageable",
-            "Device copies through memory that was not pinned",
-            stats.pageable_copies,
-        )
+    @classmethod
+    def of(cls, labels: list[str], engine: Engine) -> _Scrape:
+        moment = Moment.of(engine)
+        stats, health = stats_at(moment), health_at(engine, moment)
+        writer = "writing" if stats.in_flight else "idle"
+        if health.writing_s > engine.options.stuck_after_s:
+            writer = "stuck"
+        if not engine.writer_alive:
+            writer = "dead"
+        return cls(labels, moment, stats, health, writer)
 
-    def gauges(self, stats: StoreStats, health: StoreHealth) -> Iterator[Metric]:
-        for name, what, value in (
-            ("pending_saves", "Accepted saves that are not settled", stats.pending),
-            ("pending_bytes", "Tensor bytes of those", stats.pending_bytes),
-            ("pending_oldest_seconds", "Age of the oldest of those", stats.oldest_pending_s),
-            ("live_requests", "Requests that are not cleaned up", stats.live_requests),
-            ("live_snapshots", "Snapshots on disk that are not cleaned up", stats.live_snapshots),
-            ("session_bytes", "Disk that those take", stats.session_bytes),
-            ("trash_bytes", "Disk of what is forgotten and not freed yet", stats.trash_bytes),
-            ("device_pending_saves", "Saves that wait for a device's copy", stats.on_devices),
-            ("leaked_bytes", "Memory kept because a device may still touch it", stats.leaked_bytes),
-            ("pinned_bytes", "Host memory that is locked for device copies", stats.pinned_bytes),
-            (
-                "write_in_hand_seconds",
-                "How long the write in the writer's hand has taken so far",
-                health.writing_s,
-            ),
-        ):
-            yield self._gauge(name, what, value)
-        if health.free_bytes is not None:
-            yield self._gauge("disk_free_bytes", "Free disk, as last measured", health.free_bytes)
-        yield self._states("state", "How the store is; 1 for the state that it is in", health.status)
-        devices = self._gauges("device_state", "How a device is; 1 for its state", ["device", "state"])
-        for device in health.devices:
-            for state in get_args(DeviceStatus):
-                self._add(devices, [device.name, state], float(device.status == state))
-        yield devices
 
-    def histograms(self) -> Iterator[Metric]:
-        latencies = self.moment.published.latencies
-        for name, what, histogram in (
-            (
-                "save_seconds",
-                "Time of a save on the calling thread, without its wait for room",
-                latencies.save,
-            ),
-            ("queue_wait_seconds", "From a save's acceptance to the writer's hand", latencies.queue_wait),
-            ("write_duration_seconds", "Time of a save in the writer's hand", latencies.write),
-            ("cleanup_wait_seconds", "Wait of a cleanup for its files to go", latencies.cleanup_wait),
-        ):
-            family = HistogramMetricFamily(f"snapstore_{name}", what, labels=list(self.labels))
-            family.add_metric(list(self.labels.values()), *_buckets(histogram))
-            yield family
-        load = HistogramMetricFamily(
-            "snapstore_load_seconds", "Time of a load that found something", labels=[*self.labels, "source"]
-        )
-        for source, histogram in (("memory", latencies.load_memory), ("disk", latencies.load_disk)):
-            load.add_metric([*self.labels.values(), source], *_buckets(histogram))
-        yield load
+def _counters(names: list[str], scrapes: list[_Scrape]) -> Iterator[Metric]:
+    for name, field, what in _COUNTERS:
+        family = CounterMetricFamily(f"snapstore_{name}", what, labels=names)
+        for scrape in scrapes:
+            family.add_metric(scrape.labels, getattr(scrape.stats, field))
+        yield family
+    yield from _by_reason(
+        "failed", names, FAILED, [(scrape.labels, scrape.moment.published.failures) for scrape in scrapes]
+    )
+    yield from _by_reason(
+        "rejected",
+        names,
+        REJECTED,
+        [(scrape.labels, scrape.moment.published.rejections) for scrape in scrapes],
+    )
 
-    def _reasons(self, word: str, what: str, reasons: Reasons, known: tuple[str, ...]) -> Iterator[Metric]:
-        """Every known reason, also those that have not happened: a rate needs a 0 to rise from."""
-        found = {reason: (count, nbytes) for reason, count, nbytes in reasons.by_reason}
-        names = [*self.labels, "reason"]
-        counts = CounterMetricFamily(f"snapstore_saves_{word}", f"{what}, by reason", labels=names)
-        sizes = CounterMetricFamily(f"snapstore_saves_{word}_bytes", f"{what}, in tensor bytes", labels=names)
-        for reason in sorted({*known, *found}):
-            count, nbytes = found.get(reason, (0, 0))
-            self._add(counts, [reason], count)
-            self._add(sizes, [reason], nbytes)
-        yield counts
-        yield sizes
 
-    def _states(self, name: str, what: str, current: str) -> Metric:
-        family = self._gauges(name, what, ["state"])
-        for state in get_args(HealthStatus):
-            self._add(family, [state], float(state == current))
-        return family
+def _by_reason(
+    word: str, names: list[str], known: tuple[str, ...], found: list[tuple[list[str], Reasons]]
+) -> Iterator[Metric]:
+    """Every known reason, also those that have not happened: a rate needs a 0 to rise from."""
+    labels = [*names, "reason"]
+    counts = CounterMetricFamily(f"snapstore_saves_{word}", f"Saves that {_WHAT[word]}", labels=labels)
+    sizes = CounterMetricFamily(
+        f"snapstore_saves_{word}_bytes", f"Tensor bytes of saves that {_WHAT[word]}", labels=labels
+    )
+    for values, reasons in found:
+        seen = {reason: (count, nbytes) for reason, count, nbytes in reasons.by_reason}
+        for reason in sorted({*known, *seen}):
+            count, nbytes = seen.get(reason, (0, 0))
+            counts.add_metric([*values, reason], count)
+            sizes.add_metric([*values, reason], nbytes)
+    yield counts
+    yield sizes
 
-    def _counter(self, name: str, what: str, value: float) -> Metric:
-        family = CounterMetricFamily(f"snapstore_{name}", what, labels=list(self.labels))
-        self._add(family, [], value)
-        return family
 
-    def _gauge(self, name: str, what: str, value: float) -> Metric:
-        family = self._gauges(name, what, [])
-        self._add(family, [], value)
-        return family
+_WHAT = {"failed": "were accepted and could not be written", "rejected": "were not accepted"}
 
-    def _gauges(self, name: str, what: str, more: list[str]) -> GaugeMetricFamily:
-        return GaugeMetricFamily(f"snapstore_{name}", what, labels=[*self.labels, *more])
 
-    def _add(self, family: CounterMetricFamily | GaugeMetricFamily, more: list[str], value: float) -> None:
-        family.add_metric([*self.labels.values(), *more], value)
+def _gauges(names: list[str], scrapes: list[_Scrape]) -> Iterator[Metric]:
+    for name, field, what in _GAUGES:
+        family = GaugeMetricFamily(f"snapstore_{name}", what, labels=names)
+        for scrape in scrapes:
+            family.add_metric(scrape.labels, getattr(scrape.stats, field))
+        yield family
+    free = GaugeMetricFamily("snapstore_disk_free_bytes", "Free disk, as last measured", labels=names)
+    in_hand = GaugeMetricFamily(
+        "snapstore_write_in_hand_seconds",
+        "How long the write that is under way has taken so far",
+        labels=names,
+    )
+    for scrape in scrapes:
+        in_hand.add_metric(scrape.labels, scrape.health.writing_s)
+        if scrape.health.free_bytes is not None:
+            free.add_metric(scrape.labels, scrape.health.free_bytes)
+    yield in_hand
+    yield free
+    yield from _states(names, scrapes)
+
+
+def _states(names: list[str], scrapes: list[_Scrape]) -> Iterator[Metric]:
+    labels = [*names, "state"]
+    health = GaugeMetricFamily("snapstore_health", "1 for how the store is", labels=labels)
+    writer = GaugeMetricFamily("snapstore_writer_state", "1 for what the writer does", labels=labels)
+    device = GaugeMetricFamily(
+        "snapstore_device_state", "1 for how the device is", labels=[*names, "device", "state"]
+    )
+    for scrape in scrapes:
+        _one_of(health, scrape.labels, get_args(HealthStatus), scrape.health.status)
+        _one_of(writer, scrape.labels, _WRITER_STATES, scrape.writer)
+        for each in scrape.health.devices:
+            _one_of(device, [*scrape.labels, each.name], get_args(DeviceStatus), each.status)
+    yield health
+    yield writer
+    yield device
+
+
+def _one_of(family: GaugeMetricFamily, labels: list[str], states: Iterable[str], current: str) -> None:
+    for state in states:
+        family.add_metric([*labels, state], float(state == current))
+
+
+def _histograms(names: list[str], scrapes: list[_Scrape]) -> Iterator[Metric]:
+    for name, field, what in _HISTOGRAMS:
+        family = HistogramMetricFamily(f"snapstore_{name}", what, labels=names)
+        for scrape in scrapes:
+            family.add_metric(scrape.labels, *_buckets(getattr(scrape.moment.published.latencies, field)))
+        yield family
+    load = HistogramMetricFamily(
+        "snapstore_load_seconds", "Time of a load that found something", labels=[*names, "source"]
+    )
+    for scrape in scrapes:
+        latencies = scrape.moment.published.latencies
+        load.add_metric([*scrape.labels, "memory"], *_buckets(latencies.load_memory))
+        load.add_metric([*scrape.labels, "disk"], *_buckets(latencies.load_disk))
+    yield load
 
 
 def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:

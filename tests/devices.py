@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from snapstore import SnapshotStore, StoreOptions
 from snapstore.testing import FakeDevice, FaultyFileSystem
 
 PINNED_BYTES = 1024 * 1024
+PATIENCE_S = float(os.environ.get("SNAPSTORE_PATIENCE_S", "10"))
+"""How long a test waits for what must come; less where it is known that it will not (``test_device_faults``)."""
 
 
 @contextmanager
@@ -21,8 +24,8 @@ def open_store(
     root: Path, *devices: FakeDevice, files: FaultyFileSystem | None = None, **options: Any
 ) -> Iterator[SnapshotStore]:
     """A store, and at the end everything let go: it ends clean, and no device has read what was freed."""
-    options = {"device_timeout_s": 20.0, "max_pinned_bytes": PINNED_BYTES, **options}
-    store = SnapshotStore(root, StoreOptions(**options), file_system=files)
+    own = {"device_timeout_s": 20.0, "shutdown_timeout_s": PATIENCE_S, "max_pinned_bytes": PINNED_BYTES}
+    store = SnapshotStore(root, StoreOptions(**own | options), file_system=files)
     yield store
     for device in devices:
         device.automatic = True
@@ -57,7 +60,7 @@ def assert_loads(store: SnapshotStore, request_id: str, token_count: int, expect
     assert_holds(store.load(request_id, token_count).tensors, expected)
 
 
-def wait_for(predicate: Callable[[], object], timeout_s: float = 10.0) -> None:
+def wait_for(predicate: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
     """For what no event announces: that a thread of the store has come to a call."""
     deadline_s = time.monotonic() + timeout_s
     while not predicate():

@@ -80,9 +80,11 @@ def abandoned(root: Path) -> Path:
 
 
 def killed(root: Path) -> Path:
-    """A session whose process was killed in the middle of a write and a removal."""
+    """A session, some weeks old by its name, whose process was killed in the middle of a write and a removal."""
     with process(root) as session:
-        return session
+        pass
+    _, pid, random = session.name.split("-")
+    return session.rename(session.with_name(f"20260101T000000Z-{pid}-{random}"))
 
 
 @contextmanager

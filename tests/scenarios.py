@@ -5,13 +5,16 @@ The functions that take a ``Talk`` run in a child process (see ``processes``); t
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
+import sys
 import threading
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -20,7 +23,14 @@ from typing import Any
 from helpers import assert_same, tensors
 from processes import PATIENCE_S, Talk
 
-from snapstore import SaveFailedError, SaveTicket, SnapshotNotFoundError, SnapshotStore, StoreOptions
+from snapstore import (
+    SaveFailedError,
+    SaveTicket,
+    SnapshotNotFoundError,
+    SnapshotStore,
+    SnapstoreError,
+    StoreOptions,
+)
 from snapstore.testing import FaultyFileSystem
 
 Key = tuple[str, int]
@@ -285,3 +295,140 @@ def holds_a_store(talk: Talk, root: str) -> None:
     talk.say(store.session.name)
     talk.hear()
     talk.say(store.shutdown().clean)
+
+
+def forks_while_a_disk_hangs(talk: Talk, root: str) -> None:
+    """Neither a fork nor another store waits for an ``open`` that never comes back."""
+    files = FaultyFileSystem()
+    gate = files.pause("open_lock")
+    threading.Thread(target=SnapshotStore, args=(root,), kwargs={"file_system": files}, daemon=True).start()
+    gate.wait_reached()
+    started_s = time.monotonic()
+    with SnapshotStore(root + "-beside") as store:
+        save(store, ("a", 1), 0).result(PATIENCE_S)
+    pid = os.fork()
+    if pid == 0:
+        with SnapshotStore(root + "-of-the-child") as store:
+            save(store, ("a", 1), 0).result(PATIENCE_S)
+        os._exit(7)
+    talk.say("took", time.monotonic() - started_s < 5, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    os._exit(0)
+
+
+# -- forks ------------------------------------------------------------------------------------------------------------
+
+
+def _grandchild_lives_on(talk: Talk, look: Callable[[], object]) -> int:
+    """Fork; the child says what it sees, and lives until the test has gone."""
+    pid = os.fork()
+    if pid == 0:
+        talk.say("forked", look())
+        talk.hear()
+        os._exit(0)
+    return pid
+
+
+def forks_while_it_holds(talk: Talk, root: str) -> None:
+    """The parent of the fork dies; its child lives on."""
+    store = SnapshotStore(root)
+    for key, version in BEFORE.items():
+        save(store, key, version).result(PATIENCE_S)
+    _grandchild_lives_on(talk, lambda: json.dumps(refusals_of(store)))
+    talk.say(store.session.name)
+    talk.hear()
+    os._exit(0)
+
+
+def _until_a_fork_has_begun() -> tuple[threading.Event, Callable[[], None]]:
+    """Said when the descriptor is there and nobody else knows; then a fork is given all the time it can take."""
+    in_flux, forking = threading.Event(), threading.Event()
+    os.register_at_fork(before=forking.set)
+
+    def stay() -> None:
+        in_flux.set()
+        forking.wait(PATIENCE_S)
+        time.sleep(0.2)
+
+    return in_flux, stay
+
+
+def forks_while_a_lock_is_opened(talk: Talk, root: str) -> None:
+    files = FaultyFileSystem()
+    in_flux, stay = _until_a_fork_has_begun()
+    files.call("open_lock", stay, when="after")
+    with ThreadPoolExecutor(1) as opener:
+        opening = opener.submit(SnapshotStore, root, file_system=files)
+        in_flux.wait(PATIENCE_S)
+        _grandchild_lives_on(talk, lambda: "lives")
+        store = opening.result(PATIENCE_S)
+    save(store, ("a", 1), 0).result(PATIENCE_S)
+    talk.say(store.session.name)
+    talk.hear()
+    os._exit(0)
+
+
+def forks_while_a_lock_is_given_up(talk: Talk, root: str) -> None:
+    files = FaultyFileSystem()
+    store = SnapshotStore(root, file_system=files)
+    save(store, ("a", 1), 0).result(PATIENCE_S)
+    in_flux, stay = _until_a_fork_has_begun()
+    files.call("close", stay, "owner.lock")
+    with ThreadPoolExecutor(1) as ending:
+        report = ending.submit(store.shutdown)
+        in_flux.wait(PATIENCE_S)
+        _grandchild_lives_on(talk, lambda: "lives")
+        report.result(PATIENCE_S)
+    talk.say(store.session.name)
+    talk.hear()
+    os._exit(0)
+
+
+def refusals_of(store: SnapshotStore) -> dict[str, str]:
+    """What each method says in a process that the store does not belong to."""
+    uses: dict[str, Callable[[], object]] = {
+        "save": lambda: store.save("child", 1, {}),
+        "load": lambda: store.load("a", 1),
+        "has": lambda: store.has("a", 1),
+        "boundaries": lambda: store.boundaries("a"),
+        "latest": lambda: store.latest("a"),
+        "detach": lambda: store.detach("a", 1, "/tmp/nowhere"),
+        "cleanup_request": lambda: store.cleanup_request("a"),
+        "cleanup_all": store.cleanup_all,
+        "flush": store.flush,
+        "drain_request": lambda: store.drain_request("a", timeout_s=0),
+        "shutdown": store.shutdown,
+    }
+    said = {}
+    for name, use in uses.items():
+        try:
+            said[name] = f"no error: {use()}"
+        except SnapstoreError as error:
+            said[name] = type(error).__name__
+    return {**said, "health": store.health().status}
+
+
+def forks_in_the_middle(talk: Talk, root: str) -> None:
+    """Saves go on in the parent while children are forked that leave as they like; none of them ends what it has not."""
+    store = SnapshotStore(root)
+    tickets = []
+    with store:
+        for number in range(6):
+            tickets.append(save(store, ("a", number), number))
+            pid = os.fork()
+            if pid == 0:
+                leave_in_one_of_several_ways(store, number)
+            _, status = os.waitpid(pid, 0)
+            talk.say("child", os.waitstatus_to_exitcode(status))
+            assert tickets[-1].result(PATIENCE_S)
+        talk.say("parent", [version_of(store, ("a", number)) for number in range(6)] == list(range(6)))
+        talk.say("status", store.health().status)
+
+
+def leave_in_one_of_several_ways(store: SnapshotStore, number: int) -> None:
+    if number % 3 == 0:
+        os._exit(0)
+    if number % 3 == 1:
+        sys.exit(0)  # through the parent's `with`, and through atexit
+    del store
+    gc.collect()
+    sys.exit(0)

@@ -589,6 +589,7 @@ def test_torch_tensors_load_on_the_host_whatever_the_default_device() -> None:
 
 
 def test_torch_copies_all_scattered_tensors_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {str(number): made("torch", "BF16", (100, 60), number).mT for number in range(48)}
     calls: list[str] = []
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -596,7 +597,6 @@ def test_torch_copies_all_scattered_tensors_in_one_call(monkeypatch: pytest.Monk
 
     for name in ("frombuffer", "_foreach_copy_"):
         monkeypatch.setattr(torch, name, counted(name, getattr(torch, name)))
-    tensors = {str(number): made("torch", "BF16", (100, 60), number).mT for number in range(48)}
     layout, buffer = host_copy(tensors)
     assert calls == ["frombuffer", "_foreach_copy_"]
     assert segments(layout, buffer) == {name: bytes_of(tensor) for name, tensor in tensors.items()}

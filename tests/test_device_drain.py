@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from devices import arrays, assert_loads, on, open_store, wait_for
+from devices import PATIENCE_S, arrays, assert_loads, on, open_store, wait_for
 from helpers import assert_at_rest, files_below
 
 from snapstore import SaveCancelledError, SaveFailedError, SaveState, SnapshotNotFoundError, SnapshotStore
@@ -33,25 +33,26 @@ def test_drain_waits_for_a_copy_that_is_under_way_also_of_a_packed_save(
     ticket = store.save("request", 64, on(device, arrays(1)))
     assert ticket.released and not store.drain_request("request", timeout_s=0.05)
     with ThreadPoolExecutor(1) as drainer:
-        waiting = drainer.submit(store.drain_request, "request", timeout_s=10)
+        waiting = drainer.submit(store.drain_request, "request", timeout_s=PATIENCE_S)
         device.automatic = True
-        assert waiting.result(10)
-    ticket.result(10)
+        assert waiting.result(PATIENCE_S)
+    ticket.result(PATIENCE_S)
     assert_loads(store, "request", 64, arrays(1))
 
 
+@pytest.mark.parametrize("borrow", [False, True])
 def test_drain_counts_a_save_from_when_it_was_handed_over_not_from_its_event(
-    store: SnapshotStore, device: FakeDevice
+    store: SnapshotStore, device: FakeDevice, borrow: bool
 ) -> None:
     """The device's thread stands in the driver: there is no event yet that anybody could look at."""
     with device.pause("start") as gate:
-        ticket = store.save("request", 64, on(device, arrays(1)), borrow=True)
+        ticket = store.save("request", 64, on(device, arrays(1)), borrow=borrow)
         gate.wait_reached()
         assert not store.drain_request("request", timeout_s=0.05)
         assert not store.drain(0.05)
         assert store.drain_request("another", timeout_s=0.05)
     device.automatic = True
-    assert store.drain_request("request", timeout_s=10)
+    assert store.drain_request("request", timeout_s=PATIENCE_S)
     assert ticket.released
 
 
@@ -67,7 +68,7 @@ def test_drain_takes_back_at_its_deadline_what_was_lent_and_not_asked_for(
         assert lent.released and isinstance(lent.exception(0), SaveFailedError)
         assert not other.released and not packed.done()
     device.automatic = True
-    packed.result(10), other.result(10)
+    packed.result(PATIENCE_S), other.result(PATIENCE_S)
     assert device.count("start") == 2
     with pytest.raises(SaveFailedError, match="asked back"):
         store.load("request", 1)
@@ -80,26 +81,27 @@ def test_drain_gives_a_healthy_device_its_time_before_it_takes_anything_back(
     device.automatic = True
     for count in range(20):
         ticket = store.save("request", count, on(device, arrays(count)), borrow=True)
-        assert store.drain_request("request", timeout_s=10)
+        assert store.drain_request("request", timeout_s=PATIENCE_S)
         assert ticket.released
-        ticket.result(10)
+        ticket.result(PATIENCE_S)
 
 
 def test_drain_does_not_wait_for_saves_that_come_later(store: SnapshotStore, device: FakeDevice) -> None:
     device.automatic = True
-    store.save("request", 1, on(device, arrays(1))).result(10)
+    store.save("request", 1, on(device, arrays(1))).result(PATIENCE_S)
     device.automatic = False
     gate = device.pause("start")
     first = store.save("request", 2, on(device, arrays(2)))
     gate.wait_reached()
     with ThreadPoolExecutor(1) as drainer:
-        waiting = drainer.submit(store.drain, 10)
-        wait_for(lambda: store._engine.staging._flights._rest._waiters)  # type: ignore[attr-defined]
+        waiting = drainer.submit(store.drain, PATIENCE_S)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.1)
         kernel = device.kernel()
         second = store.save("request", 3, on(device, arrays(3)))
         gate.open()
         wait_for(lambda: device.complete() + 1 and first.done())
-        assert waiting.result(10)
+        assert waiting.result(PATIENCE_S)
         assert not second.done()
     kernel.finish()
 
@@ -117,7 +119,7 @@ def test_a_save_that_is_cancelled_before_it_is_asked_for_never_is(
         assert not store.has("aborted", 64) and store.boundaries("aborted") == ()
         with pytest.raises(SnapshotNotFoundError):
             store.load("aborted", 64)
-    assert isinstance(ticket.exception(10), SaveCancelledError)
+    assert isinstance(ticket.exception(PATIENCE_S), SaveCancelledError)
     assert ticket.released
     assert device.count("start") == 0
     assert_at_rest(store)
@@ -134,7 +136,7 @@ def test_a_save_that_is_cancelled_under_way_ends_when_its_copy_does(
     assert not store.has("aborted", 64)
     assert not ticket.released and store.stats().pending == 1
     device.automatic = True
-    assert isinstance(ticket.exception(10), SaveCancelledError)
+    assert isinstance(ticket.exception(PATIENCE_S), SaveCancelledError)
     assert ticket.state is SaveState.CANCELLED and ticket.released
     assert files_below(store.session) == []
     assert_at_rest(store)
@@ -151,8 +153,8 @@ def test_a_new_life_of_an_id_is_not_mistaken_for_the_one_that_was_cancelled(
         assert new.generation > old.generation
         assert store.boundaries("again") == (64,)
     device.automatic = True
-    assert isinstance(old.exception(10), SaveCancelledError)
-    new.result(10)
+    assert isinstance(old.exception(PATIENCE_S), SaveCancelledError)
+    new.result(PATIENCE_S)
     assert device.count("start") == 1
     assert_loads(store, "again", 64, arrays(2))
 
@@ -165,4 +167,4 @@ def test_a_drain_fences_the_lives_of_an_id_that_have_ended_too(
     store.cleanup_request("again")
     assert not store.drain_request("again", timeout_s=0.05)
     device.automatic = True
-    assert store.drain_request("again", timeout_s=10)
+    assert store.drain_request("again", timeout_s=PATIENCE_S)

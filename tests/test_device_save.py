@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devices import arrays, assert_holds, assert_loads, on, open_store, wait_for
+from devices import PATIENCE_S, arrays, assert_holds, assert_loads, on, open_store, wait_for
 from helpers import assert_at_rest
 
 from snapstore import SaveCancelledError, SaveState, SnapshotStore, StoreFullError, UnsupportedTensorError
@@ -45,7 +45,7 @@ def test_a_save_returns_before_the_device_has_done_anything(store: SnapshotStore
     assert store.has("request", 64) and store.boundaries("request") == (64,)
     assert store.stats().on_devices == 1 and store.stats().pending == 1
     device.automatic = True
-    ticket.result(10)
+    ticket.result(PATIENCE_S)
     snapshot = store.load("request", 64)
     assert_holds(snapshot.tensors, expected)
     assert snapshot.metadata == {"step": 3}
@@ -62,7 +62,7 @@ def test_a_source_that_is_overwritten_behind_the_stream_corrupts(
     ticket = store.save("request", 64, tensors)
     np.asarray(tensors["conv"])[...] = 7
     device.automatic = True
-    ticket.result(10)
+    ticket.result(PATIENCE_S)
     assert (np.asarray(store.load("request", 64).tensors["conv"]) == 7).all()
 
 
@@ -97,7 +97,7 @@ def test_no_save_sees_what_its_stream_writes_after_it(
 
 
 def test_a_copy_waits_for_whoever_makes_the_values(store: SnapshotStore, device: FakeDevice) -> None:
-    """The copy is asked for, and its stream is free, while the pack still stands behind a kernel in the caller's stream."""
+    """The copy is asked for, and its stream is free, while the pack stands behind a kernel in the caller's stream."""
     expected = arrays(1)
     tensors = on(device, arrays(0))
     kernel = device.kernel()
@@ -109,7 +109,7 @@ def test_a_copy_waits_for_whoever_makes_the_values(store: SnapshotStore, device:
     assert not ticket.done()
     kernel.finish()
     device.automatic = True
-    ticket.result(10)
+    ticket.result(PATIENCE_S)
     assert_loads(store, "request", 64, expected)
 
 
@@ -123,7 +123,7 @@ def test_the_tensors_of_a_packed_save_are_let_go_when_it_returns(
     assert ticket.released and device.waiting
     assert [ref() for ref in remembered] == [None] * 3
     device.automatic = True
-    ticket.result(10)
+    ticket.result(PATIENCE_S)
     assert_loads(store, "request", 64, arrays(1))
 
 
@@ -139,9 +139,9 @@ def test_lent_tensors_are_kept_until_released_and_not_longer(
     assert not ticket.released and not ticket.wait_released(0)
     assert all(ref() is not None for ref in remembered)
     device.automatic = True
-    assert ticket.wait_released(10)
+    assert ticket.wait_released(PATIENCE_S)
     assert [ref() for ref in remembered] == [None] * 3
-    ticket.result(10)
+    ticket.result(PATIENCE_S)
     assert device.count("pack") == 0
     assert_loads(store, "request", 64, arrays(1))
 
@@ -151,7 +151,7 @@ def test_the_thread_keeps_nothing_of_the_last_copy_alive(store: SnapshotStore, d
     scratch = []
     pack = device.pack
     device.pack = lambda tensors: remember(scratch, pack(tensors))  # type: ignore[method-assign]
-    store.save("request", 64, on(device, arrays(1))).result(10)
+    store.save("request", 64, on(device, arrays(1))).result(PATIENCE_S)
     assert [ref() for ref in scratch] == [None]
 
 
@@ -165,7 +165,7 @@ def test_a_thousand_tensors_are_one_launch_and_one_copy(store: SnapshotStore, de
     ticket = store.save("request", 64, on(device, expected))
     assert device.launches == 1 and device.count("mark") == 1
     device.automatic = True
-    ticket.result(10)
+    ticket.result(PATIENCE_S)
     assert device.count("start") == 1
     assert_loads(store, "request", 64, expected)
 
@@ -193,7 +193,7 @@ def test_host_and_device_tensors_go_into_one_snapshot(
     wait_for(lambda: other.waiting == 0 and other.count("start"))
     assert ticket.state is SaveState.STAGING
     device.automatic = True
-    ticket.result(10)
+    ticket.result(PATIENCE_S)
     assert_loads(store, "request", 64, expected)
 
 
@@ -202,10 +202,16 @@ def test_views_of_device_tensors_are_saved_as_they_look(
     store: SnapshotStore, device: FakeDevice, borrow: bool
 ) -> None:
     base = device.tensor(np.arange(60).reshape(3, 4, 5))
-    views = {"whole": base, "turned": base.T, "cut": base[1:, ::2], "row": base[2, 1], "item": base[:1, :1, :1]}
+    views = {
+        "whole": base,
+        "turned": base.T,
+        "cut": base[1:, ::2],
+        "row": base[2, 1],
+        "item": base[:1, :1, :1],
+    }
     expected = {name: np.ascontiguousarray(np.asarray(view)) for name, view in views.items()}
     device.automatic = True
-    store.save("request", 64, views, borrow=borrow).result(10)
+    store.save("request", 64, views, borrow=borrow).result(PATIENCE_S)
     assert_loads(store, "request", 64, expected)
 
 
@@ -232,7 +238,7 @@ def test_a_pack_that_fails_raises_and_leaves_no_trace(store: SnapshotStore, devi
     stats = store.stats()
     assert (stats.accepted, stats.failed, stats.pending_bytes, stats.on_devices) == (1, 1, 0, 0)
     device.automatic = True
-    store.save("request", 64, on(device, arrays(1))).result(10)
+    store.save("request", 64, on(device, arrays(1))).result(PATIENCE_S)
     assert_loads(store, "request", 64, arrays(1))
 
 
@@ -241,12 +247,12 @@ def test_a_copy_that_the_driver_refuses_fails_its_own_save_only(
 ) -> None:
     device.fail("start", RuntimeError("invalid argument"))
     ticket = store.save("request", 1, on(device, arrays(1)))
-    error = ticket.exception(10)
+    error = ticket.exception(PATIENCE_S)
     assert error is not None and "invalid argument" in str(error.__cause__)
     assert ticket.state is SaveState.FAILED
     later = store.save("request", 2, on(device, arrays(2)))
     device.automatic = True
-    later.result(10)
+    later.result(PATIENCE_S)
     assert store.health().status == "ok" and store.stats().leaked_bytes == 0
     assert_loads(store, "request", 2, arrays(2))
 
@@ -257,11 +263,11 @@ def test_two_devices_may_finish_in_any_order_and_the_later_save_of_a_key_wins(
     earlier = store.save("request", 64, on(device, arrays(1)))
     later = store.save("request", 64, on(other, arrays(2)))
     other.automatic = True
-    later.result(10)
+    later.result(PATIENCE_S)
     assert not earlier.done()
     assert_loads(store, "request", 64, arrays(2))
     device.automatic = True
-    assert isinstance(earlier.exception(10), SaveCancelledError)
+    assert isinstance(earlier.exception(PATIENCE_S), SaveCancelledError)
     assert_loads(store, "request", 64, arrays(2))
 
 
@@ -276,8 +282,8 @@ def test_what_is_on_its_way_counts_against_the_limit_of_bytes(root: Path, device
         assert store.stats().pending_bytes == 2 * nbytes
         device.automatic = True
         for ticket in tickets:
-            ticket.result(10)
-        store.save("request", 3, on(device, arrays(3))).result(10)
+            ticket.result(PATIENCE_S)
+        store.save("request", 3, on(device, arrays(3))).result(PATIENCE_S)
         assert store.stats().pending_bytes == 0
 
 
@@ -287,7 +293,7 @@ def test_only_the_oldest_copy_is_polled(store: SnapshotStore, device: FakeDevice
     assert len(device.polls) == 1
     device.automatic = True
     for ticket in tickets:
-        ticket.result(10)
+        ticket.result(PATIENCE_S)
 
 
 def test_nobody_who_only_looks_asks_the_device(store: SnapshotStore, device: FakeDevice) -> None:
@@ -302,12 +308,12 @@ def test_nobody_who_only_looks_asks_the_device(store: SnapshotStore, device: Fak
         assert not store.flush(0) and not store.drain(0) and not store.drain_request("request", timeout_s=0)
         assert (len(device.calls), sum(device.polls.values())) == before
     device.automatic = True
-    ticket.result(10)
+    ticket.result(PATIENCE_S)
 
 
 def test_the_caller_makes_only_calls_that_do_not_wait(store: SnapshotStore, device: FakeDevice) -> None:
     device.automatic = True
-    store.save("request", 64, on(device, arrays(1))).result(10)
+    store.save("request", 64, on(device, arrays(1))).result(PATIENCE_S)
     store.load("request", 64, device=device)
     me = threading.current_thread().name
     mine = {call.operation for call in device.calls if call.thread == me}
@@ -320,10 +326,12 @@ def test_the_caller_makes_only_calls_that_do_not_wait(store: SnapshotStore, devi
 def test_without_device_tensors_no_device_is_called_and_no_thread_started(
     store: SnapshotStore, device: FakeDevice
 ) -> None:
-    store.save("request", 64, arrays(1)).result(10)
+    store.save("request", 64, arrays(1)).result(PATIENCE_S)
     assert_loads(store, "request", 64, arrays(1))
     assert device.calls == [] and store.stats().pinned_bytes == 0
-    assert not [each.name for each in threading.enumerate() if each.name.startswith(("snapstore-d", "snapstore-p"))]
+    assert not [
+        each.name for each in threading.enumerate() if each.name.startswith(("snapstore-d", "snapstore-p"))
+    ]
 
 
 def test_the_threads_of_devices_are_daemons_one_a_device(
@@ -331,7 +339,7 @@ def test_the_threads_of_devices_are_daemons_one_a_device(
 ) -> None:
     device.automatic = other.automatic = True
     for count in range(4):
-        store.save("request", count, {"a": device.tensor([1]), "b": other.tensor([2])}).result(10)
+        store.save("request", count, {"a": device.tensor([1]), "b": other.tensor([2])}).result(PATIENCE_S)
     threads = [each for each in threading.enumerate() if each.name.startswith("snapstore-device-")]
     assert sorted(each.name for each in threads) == [
         "snapstore-device-fake:0", "snapstore-device-fake:1", "snapstore-device-watch"
@@ -346,11 +354,13 @@ def test_saves_from_many_threads_arrive(store: SnapshotStore, device: FakeDevice
         home = (device, other)[number % 2]
         with home.stream(f"stream {number % 3}"):
             for count in range(10):
-                store.save(f"request-{number}", count, on(home, arrays(10 * number + count))).result(20)
+                store.save(f"request-{number}", count, on(home, arrays(10 * number + count))).result(
+                    2 * PATIENCE_S
+                )
 
     with ThreadPoolExecutor(8) as savers:
         for each in [savers.submit(save, number) for number in range(8)]:
-            each.result(30)
+            each.result(3 * PATIENCE_S)
     for number in range(8):
         for count in range(10):
             assert_loads(store, f"request-{number}", count, arrays(10 * number + count))
@@ -363,8 +373,8 @@ def test_a_buffer_goes_back_only_when_its_file_is_written(root: Path, device: Fa
     nbytes = sum(array.nbytes for array in arrays(1).values())
     with open_store(root, device, files=files, max_pinned_bytes=-(-nbytes // 4096) * 4096) as store:
         device.automatic = True
-        store.save("warm", 1, on(device, arrays(0))).result(10)
-        assert store._engine.staging.pinned.await_started(10)
+        store.save("warm", 1, on(device, arrays(0))).result(PATIENCE_S)
+        wait_for(lambda: store.stats().pinned_bytes > 0)
         pageable = store.stats().pageable_copies
         with files.pause("write", ".tmp") as gate:
             first = store.save("request", 1, on(device, arrays(1)))
@@ -372,8 +382,8 @@ def test_a_buffer_goes_back_only_when_its_file_is_written(root: Path, device: Fa
             second = store.save("request", 2, on(device, arrays(2)))
             wait_for(lambda: second.state is SaveState.QUEUED)
             assert store.stats().pageable_copies == pageable + 1
-        first.result(10), second.result(10)
+        first.result(PATIENCE_S), second.result(PATIENCE_S)
         assert_loads(store, "request", 1, arrays(1))
         assert_loads(store, "request", 2, arrays(2))
-        store.save("request", 3, on(device, arrays(3))).result(10)
+        store.save("request", 3, on(device, arrays(3))).result(PATIENCE_S)
         assert store.stats().pageable_copies == pageable + 1

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from devices import arrays, assert_loads, on, open_store, wait_for
+from devices import PATIENCE_S, PINNED_BYTES, arrays, assert_loads, on, open_store, wait_for
 
 from snapstore import SaveFailedError, SaveState, SnapshotStore, StoreOptions
 from snapstore.testing import FakeDevice, FaultyFileSystem
@@ -62,7 +60,7 @@ def assert_stuck(store: SnapshotStore, device: FakeDevice) -> None:
 def wedge(store: SnapshotStore, device: FakeDevice, *, borrow: bool = False) -> None:
     """One save that the device has begun and does not finish, until the watch has given it up."""
     ticket = store.save("wedged", 1, on(device, arrays(1)), borrow=borrow)
-    error = ticket.exception(10)
+    error = ticket.exception(PATIENCE_S)
     assert isinstance(error, SaveFailedError) and isinstance(error.__cause__, TimeoutError)
     assert_stuck(store, device)
 
@@ -73,7 +71,7 @@ def test_no_progress_fails_the_save_in_time_and_marks_the_device(
 ) -> None:
     started_s = time.monotonic()
     ticket = store.save("wedged", 1, on(device, arrays(1)), borrow=borrow)
-    error = ticket.exception(10)
+    error = ticket.exception(PATIENCE_S)
     assert TIMEOUT_S <= time.monotonic() - started_s < TIMEOUT_S + 1
     assert isinstance(error, SaveFailedError) and isinstance(error.__cause__, TimeoutError)
     assert ticket.state is SaveState.FAILED and ticket.released is not borrow
@@ -102,8 +100,8 @@ def test_everything_else_goes_on_beside_a_stuck_device(
     with deadline(0.05):
         store.health(), store.stats()
     with deadline(2.0):
-        store.save("other", 1, on(other, arrays(2))).result(10)
-        store.save("host", 1, arrays(3)).result(10)
+        store.save("other", 1, on(other, arrays(2))).result(PATIENCE_S)
+        store.save("host", 1, arrays(3)).result(PATIENCE_S)
         assert store.cleanup_request("wedged").clean
         assert store.flush(1)
     assert_loads(store, "other", 1, arrays(2))
@@ -115,7 +113,7 @@ def test_drain_says_no_at_its_time(
     store: SnapshotStore, device: FakeDevice, other: FakeDevice, borrow: bool
 ) -> None:
     wedge(store, device, borrow=borrow)
-    store.save("other", 1, on(other, arrays(2)), borrow=True).result(10)
+    store.save("other", 1, on(other, arrays(2)), borrow=True).result(PATIENCE_S)
     for drain in (lambda: store.drain_request("wedged", timeout_s=0.2), lambda: store.drain(0.2)):
         started_s = time.monotonic()
         assert not drain()
@@ -129,15 +127,15 @@ def test_nothing_that_a_stuck_device_may_touch_is_freed_or_used_again(
 ) -> None:
     """A late copy would land in another save's buffer, which the writer holds just then."""
     device.automatic = True
-    store.save("warm", 1, on(device, arrays(0))).result(10)
-    assert store._engine.staging.pinned.await_started(10)
+    store.save("warm", 1, on(device, arrays(0))).result(PATIENCE_S)
+    wait_for(lambda: store.stats().pinned_bytes == PINNED_BYTES)
     device.automatic = False
     tensors = on(device, arrays(1))
     remembered = [weakref.ref(tensor) for tensor in tensors.values()]
     ticket = store.save("wedged", 1, tensors, borrow=borrow)
     del tensors
     wait_for(lambda: device.count("start") == 2)
-    ticket.exception(10)
+    ticket.exception(PATIENCE_S)
     gc.collect()
     assert [ref() is not None for ref in remembered] == [borrow] * 3
     nbytes = sum(array.nbytes for array in arrays(1).values())
@@ -149,7 +147,7 @@ def test_nothing_that_a_stuck_device_may_touch_is_freed_or_used_again(
         device.automatic = True
         wait_for(lambda: store.stats().leaked_bytes == 0)
     for count, each in enumerate(tickets):
-        each.result(10)
+        each.result(PATIENCE_S)
         assert_loads(store, "other", count, arrays(count))
     assert device.faults == []
 
@@ -159,16 +157,16 @@ def test_a_late_event_brings_the_device_back(store: SnapshotStore, device: FakeD
     tensors = on(device, arrays(1))
     ticket = store.save("wedged", 1, tensors, borrow=borrow)
     wait_for(lambda: device.count("start"))
-    ticket.exception(10)
+    ticket.exception(PATIENCE_S)
     waiting = store.save
     with pytest.raises(SaveFailedError):
         waiting("wedged", 2, tensors)
     device.automatic = True
-    assert store.drain_request("wedged", timeout_s=10)
+    assert store.drain_request("wedged", timeout_s=PATIENCE_S)
     assert ticket.released and ticket.state is SaveState.FAILED
     wait_for(lambda: store.health().status == "ok")
     assert store.stats().leaked_bytes == 0
-    store.save("wedged", 2, tensors).result(10)
+    store.save("wedged", 2, tensors).result(PATIENCE_S)
     assert_loads(store, "wedged", 2, arrays(1))
 
 
@@ -181,18 +179,18 @@ def test_a_call_of_the_driver_that_never_returns_is_seen_as_well(
         gate.wait_reached()
         behind = store.save("behind", 1, on(device, arrays(2)), borrow=True)
         for ticket in (stuck, behind):
-            assert isinstance(ticket.exception(10), SaveFailedError)
+            assert isinstance(ticket.exception(PATIENCE_S), SaveFailedError)
         assert_stuck(store, device)
         assert behind.released, "it was never asked for, so it is taken back"
         assert store.drain_request("behind", timeout_s=0.1)
         assert store.drain_request("wedged", timeout_s=0.1) is (operation == "open")
         assert bool(store.stats().leaked_bytes) is (operation != "open")
-        store.save("other", 1, on(other, arrays(3))).result(10)
+        store.save("other", 1, on(other, arrays(3))).result(PATIENCE_S)
         device.automatic = True
     if operation != "open":
         wait_for(lambda: store.health().status == "ok")
         assert store.stats().leaked_bytes == 0
-        store.save("again", 1, on(device, arrays(4))).result(10)
+        store.save("again", 1, on(device, arrays(4))).result(PATIENCE_S)
 
 
 def test_progress_is_what_counts_not_the_age_of_the_oldest(store: SnapshotStore, device: FakeDevice) -> None:
@@ -210,7 +208,7 @@ def test_progress_is_what_counts_not_the_age_of_the_oldest(store: SnapshotStore,
     assert time.monotonic() - started_s > 2 * TIMEOUT_S
     assert store.health().status == "ok"
     for ticket in tickets:
-        ticket.result(10)
+        ticket.result(PATIENCE_S)
 
 
 def test_a_lost_device_is_lost_for_good_and_what_the_host_has_is_still_written(
@@ -225,15 +223,15 @@ def test_a_lost_device_is_lost_for_good_and_what_the_host_has_is_still_written(
             flying = store.save("request", 2, on(device, arrays(3)), borrow=True)
             wait_for(lambda: device.count("start") == 2)
             device.poison(RuntimeError("an illegal memory access was encountered"))
-            error = flying.exception(10)
+            error = flying.exception(PATIENCE_S)
         assert isinstance(error, SaveFailedError) and "illegal memory access" in str(error.__cause__)
-        assert arrived.result(10) and host.result(10)
+        assert arrived.result(PATIENCE_S) and host.result(PATIENCE_S)
         health = store.health()
         assert health.status == "degraded" and [each.status for each in health.devices] == ["lost"]
         for _ in range(2):
             with pytest.raises(SaveFailedError, match="lost"):
                 store.save("request", 3, on(device, arrays(3)))
-        store.save("other", 1, on(other, arrays(4))).result(10)
+        store.save("other", 1, on(other, arrays(4))).result(PATIENCE_S)
         assert not flying.released and not store.drain(0.1)
         assert store.stats().leaked_bytes > 0
         report = store.shutdown(timeout_s=5)
@@ -264,7 +262,7 @@ def test_shutdown_with_a_stuck_device_ends_in_time_and_says_what_is_kept(
         assert all(ticket.state is SaveState.COMMITTED for ticket in host)
     gate.open()
     device.automatic = True
-    assert stuck.wait_released(10)
+    assert stuck.wait_released(PATIENCE_S)
     assert store.stats().leaked_bytes == 0 and device.faults == []
     wait_for(lambda: not device.pinned)
 
@@ -273,7 +271,7 @@ def test_shutdown_waits_for_copies_that_arrive(root: Path, device: FakeDevice) -
     store = SnapshotStore(root, StoreOptions(max_pinned_bytes=2**20))
     tickets = [store.save("request", count, on(device, arrays(count))) for count in range(8)]
     device.automatic = True
-    report = store.shutdown(timeout_s=10)
+    report = store.shutdown(timeout_s=PATIENCE_S)
     assert report.clean and report.leaked_bytes == 0
     assert all(ticket.state is SaveState.COMMITTED for ticket in tickets)
     assert not device.pinned
@@ -297,7 +295,7 @@ def test_the_end_of_a_save_is_taken_once_however_time_outs_and_arrivals_fall(
             device.complete()
         device.automatic = True
         wait_for(lambda: all(ticket.done() and ticket.released for ticket in tickets))
-        assert store.drain(10)
+        assert store.drain(PATIENCE_S)
         wait_for(lambda: store.health().status == "ok")
         stats = store.stats()
         assert stats.accepted == stats.committed + stats.failed == len(tickets)
@@ -318,7 +316,7 @@ def test_a_store_that_is_dropped_ends_the_threads_of_its_devices(root: Path, dev
         del store
         gc.collect()
     device.automatic = True
-    ticket.result(10)
+    ticket.result(PATIENCE_S)
     wait_for(lambda: set(threading.enumerate()) <= before)
     wait_for(lambda: not device.pinned)
 
@@ -338,7 +336,10 @@ store = SnapshotStore(sys.argv[1], StoreOptions(device_timeout_s=60.0, shutdown_
 
 def script(root: Path, text: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", PROLOGUE + text, str(root)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROLOGUE + text, str(root)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -351,13 +352,16 @@ def finished(process: subprocess.Popen[str], within_s: float) -> tuple[int, str,
 
 @pytest.mark.parametrize("ending", ["", "sys.exit(0)", "store.shutdown()"])
 def test_a_process_ends_with_a_wedged_copier(root: Path, ending: str) -> None:
-    process = script(root, f"""
+    process = script(
+        root,
+        f"""
 gate = device.pause("start")
 ticket = store.save("request", 1, {{"a": device.tensor([1.0])}})
 gate.wait_reached()
 print("wedged", flush=True)
 {ending}
-""")
+""",
+    )
     assert process.stdout is not None and process.stdout.readline() == "wedged\n"
     code, _, err = finished(process, 5.0)
     assert code == 0, err
@@ -365,7 +369,9 @@ print("wedged", flush=True)
 
 
 def test_a_forked_child_is_told_to_open_its_own_store_and_the_parent_goes_on(root: Path) -> None:
-    process = script(root, """
+    process = script(
+        root,
+        """
 import warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 expected = np.arange(100_000.0)
@@ -388,14 +394,17 @@ ticket.result(10)
 assert np.array_equal(store.load("request", 1).tensors["a"], expected)
 assert store.shutdown(cleanup=True).clean
 print(status)
-""")
+""",
+    )
     code, out, err = finished(process, 20.0)
     assert (code, out) == (0, "0\n"), err
 
 
 @pytest.mark.parametrize("operation", ["start", "never"])
 def test_sigterm_during_a_wedge_ends_in_time_and_says_what_is_kept(root: Path, operation: str) -> None:
-    process = script(root, f"""
+    process = script(
+        root,
+        f"""
 import logging
 logging.basicConfig(level=logging.WARNING)
 from snapstore.signals import install_sigterm_handler
@@ -408,7 +417,8 @@ while not device.count("start"):
     time.sleep(0.001)
 print("wedged", flush=True)
 time.sleep(60)
-""")
+""",
+    )
     assert process.stdout is not None and process.stdout.readline() == "wedged\n"
     process.send_signal(signal.SIGTERM)
     code, _, err = finished(process, 4.5)

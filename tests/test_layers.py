@@ -41,6 +41,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         "_reader": {"_checksum", "_files", "_format", "_memory"},
         "_latency": set(),
         "_reasons": {"_device"},
+        "_events": {"_reasons"},
         "adapters": {"_device", "_format", "_memory"},
     },
     {
@@ -66,11 +67,13 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         "_maintenance": set(),
         "aio": set(),
         "asgi": {"_maintenance", "aio", "metrics"},
+        "blocks": set(),
         "caches": set(),
         "cli": {"_maintenance", "asgi", "demo"},
         "__main__": {"cli"},
         "compat": {"caches"},
         "demo": {"caches"},
+        "integrations": {"blocks"},
         "metrics": set(),
         "signals": set(),
         "testing": set(),
@@ -79,7 +82,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
 EDGES = len(LAYERS) - 1
 
 FRAMEWORKS = {"ml_dtypes", "mlx", "mlx_lm", "numpy", "torch", "transformers"}
-FRAMEWORK_ROOMS = {"_staging", "adapters", "caches", "compat", "demo", "testing"}
+FRAMEWORK_ROOMS = {"_staging", "adapters", "blocks", "caches", "compat", "demo", "integrations", "testing"}
 DEPENDENCIES = {"safetensors", "xxhash"}
 """What every layer may import, beside the standard library."""
 
@@ -113,9 +116,10 @@ DISK_METHODS = words(
 MAY_TOUCH = {
     "_owner": {"os.close", ".read_text"},
     "_pinned": {".read_text"},
+    "asgi": {".read_text"},
     "signals": {"os.close", "os.read", "os.write"},
 }
-"""Exceptions, call by call: a forked child drops its copy of the lock; ``/proc`` and ``/sys`` are no disks, nor is a pipe."""
+"""Exceptions, call by call: a package's own page; a forked child drops its copy of the lock; ``/proc`` and ``/sys`` are no disks, nor is a pipe."""
 
 NAMES_ON_DISK = {
     value

@@ -382,18 +382,22 @@ def test_whatever_is_swapped_for_a_link_during_the_prune_nothing_outside_is_touc
     place: Place, what: str, operation: str, skip: int
 ) -> None:
     files = FaultyFileSystem()
+    swapped: list[str] = []
     path = SWAPS[what](place)
     target = place.twin(path)
 
     def swap() -> None:
-        if path.exists() and not path.is_symlink():
+        assert not path.is_symlink()
+        swapped.append(what)
+        if path.exists():
             path.rename(place.root.parent / "swapped-out")
-            path.symlink_to(target)
+        path.symlink_to(target)
 
     with opened_root(files, str(place.root), to_change=True) as root:
         plan = make_plan(sessions(root), surroundings(root), Rules(), 4e9)
         files.call(operation, swap, skip=skip)
         carry_out(root, plan)
+    assert swapped or skip > 0
 
 
 @pytest.mark.parametrize("operation", ["open_directory", "names", "status_at", "open_read"])

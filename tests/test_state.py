@@ -1219,6 +1219,69 @@ def test_7_nothing_of_a_life_is_readable_after_its_end(hands: Hands) -> None:
     assert all(hands.finds_nothing("a", tokens) for tokens in (1, 2, 3, 4))
 
 
+def test_7_a_save_on_its_way_from_a_device_is_listed_and_waited_for(hands: Hands, script: Script) -> None:
+    job = hands.reserve("a", 1)
+    assert not hands.state.has(job.key)
+    hands.state.on_its_way(job)
+    assert hands.state.has(job.key) and hands.state.boundaries("a") == (1,)
+    assert hands.state.commit_of(job.key) is None and hands.state.hold_commit(job.key, 0.0) is None
+    with pytest.raises(TimeoutError, match="still on its way"):
+        hands.find("a", 1)
+    script.foresee_timeouts(1)
+    with pytest.raises(TimeoutError, match=r"still on its way from its device after 2\.0 s"):
+        hands.state.find(job.key, 2.0)
+    script.meanwhile(lambda: hands.admit(job))
+    assert hands.state.find(job.key, 2.0) is job
+    hands.state.let_go_memory(job)
+    assert hands.state.commit_of(job.key) is None
+    hands.claim()
+    hands.commit(job)
+    commit = hands.state.commit_of(job.key)
+    assert commit is hands.find("a", 1) and not job.ticket.released, "its sources are the device thread's"
+
+
+def test_7_a_resave_on_its_way_is_waited_for_though_an_earlier_commit_is_there(
+    hands: Hands, script: Script
+) -> None:
+    earlier = hands.write("a", 1)
+    again = hands.reserve("a", 1)
+    assert hands.state.find(again.key) is hands.state.commit_of(again.key), (
+        "staged by its caller: not saved yet"
+    )
+    hands.state.on_its_way(again)
+    assert hands.state.commit_of(again.key) is None and hands.state.hold_commit(again.key, 0.0) is None
+    script.meanwhile(lambda: hands.state.abandon(again, ValueError("device")))
+    found = hands.state.find(again.key, 2.0)
+    assert isinstance(found, Commit) and found.info == info_of(earlier)
+
+
+@pytest.mark.parametrize("end", ["fail", "clean"])
+def test_7_a_reader_waits_no_longer_than_there_is_something_to_come(
+    hands: Hands, script: Script, end: str
+) -> None:
+    job = hands.reserve("a", 1)
+    hands.state.on_its_way(job)
+    if end == "fail":
+        script.meanwhile(lambda: hands.state.abandon(job, ValueError("device")))
+    else:
+        script.meanwhile(lambda: hands.clean("a"))
+    with pytest.raises(SaveFailedError if end == "fail" else SnapshotNotFoundError):
+        hands.state.find(job.key, 2.0)
+
+
+def test_7_what_comes_too_late_is_neither_listed_nor_waited_for(hands: Hands) -> None:
+    """A later save of its key was written and moved out: the earlier one will be refused."""
+    late = hands.reserve("a", 1)
+    hands.state.on_its_way(late)
+    hands.write("a", 1)
+    assert isinstance(hands.state.commit_of(late.key), Commit)
+    hands.hold("a", 1)
+    assert hands.finds_nothing("a", 1)
+    with pytest.raises(SnapshotNotFoundError):
+        hands.state.commit_of(late.key)
+    assert not hands.admit(late)
+
+
 def test_7_tickets_lists_what_is_in_flight_oldest_first_dead_lives_included(hands: Hands) -> None:
     writing = hands.start("a", 1)
     hands.clean("a")

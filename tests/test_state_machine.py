@@ -224,6 +224,14 @@ class StateMachine(RuleBasedStateMachine):
     def in_flight(self) -> list[Save]:
         return [save for save in self.saves if not save.phase.settled]
 
+    def is_coming(self, key: SnapshotKey) -> bool:
+        """From a device, and later than whatever is readable."""
+        era = self.living(key.request_id)
+        return era is not None and any(
+            save.key == key and save.job.on_its_way and save.order > era.newest.get(key.token_count, 0)
+            for save in self.of(era, STAGING)
+        )
+
     def readable(self, key: SnapshotKey) -> Save | Stored | None:
         """(7) The latest accepted of the admitted saves in memory, else the commit, of the living era only."""
         era = self.living(key.request_id)
@@ -445,6 +453,11 @@ class StateMachine(RuleBasedStateMachine):
         save.phase = QUEUED
         self.queue.append(save)
 
+    @precondition(lambda self: any(save.phase is STAGING for save in self.saves))
+    @rule(pick=picks)
+    def send_from_device(self, pick: int) -> None:
+        self.state.on_its_way(self.staged(pick).job)
+
     def release(self, save: Save) -> None:
         save.released += 1
 
@@ -550,8 +563,9 @@ class StateMachine(RuleBasedStateMachine):
 
     @rule(request_id=request_ids, token_count=token_counts)
     def begin_read(self, request_id: str, token_count: int) -> None:
-        expected = self.readable(SnapshotKey(request_id, token_count))
-        if isinstance(expected, Save):
+        key = SnapshotKey(request_id, token_count)
+        expected = self.readable(key)
+        if isinstance(expected, Save) and not self.is_coming(key):
             assert self.state.find(expected.key) is expected.job
             expected.readers += 1
 
@@ -569,7 +583,7 @@ class StateMachine(RuleBasedStateMachine):
     def begin_detach(self, request_id: str, token_count: int) -> None:
         key = SnapshotKey(request_id, token_count)
         stored, era = self.readable(key), self.living(request_id)
-        if era is None or not isinstance(stored, Stored):
+        if era is None or not isinstance(stored, Stored) or self.is_coming(key):
             assert self.state.hold_commit(key, 0.0) is None
         elif era.holder is not None:
             with pytest.raises(TimeoutError):
@@ -743,7 +757,9 @@ class StateMachine(RuleBasedStateMachine):
             assert ticket.state is save.phase and ticket.done() is save.phase.settled
             assert save.told == save.phase.settled, "(1)"
             over = save.phase.settled and not save.readers
-            assert save.released == (over and save.has_image) and ticket.released is over, "(8)"
+            assert save.released == (over and save.has_image) and ticket.released is (
+                over and not save.job.on_its_way
+            ), "(8)"
             assert save.has_image or save.phase in (STAGING, CANCELLED, FAILED), "(8)"
             if save.phase.settled:
                 self.check_outcome(save)
@@ -790,20 +806,28 @@ class StateMachine(RuleBasedStateMachine):
 
     def check_readable(self) -> None:
         for request_id in REQUESTS:
-            found = [count for count in TOKENS if self.readable(SnapshotKey(request_id, count))]
+            keys = [SnapshotKey(request_id, token_count) for token_count in TOKENS]
+            found = [key.token_count for key in keys if self.readable(key) or self.is_coming(key)]
             assert self.state.boundaries(request_id) == tuple(found)
             for token_count in TOKENS:
                 self.check_key(SnapshotKey(request_id, token_count))
 
     def check_key(self, key: SnapshotKey) -> None:
         expected, era = self.readable(key), self.living(key.request_id)
-        assert self.state.has(key) is (expected is not None), "(7)"
-        if isinstance(expected, Save):
+        coming = self.is_coming(key)
+        assert self.state.has(key) is (coming or expected is not None), "(7)"
+        if coming:
+            with pytest.raises(TimeoutError):
+                self.state.find(key)
+            assert self.state.commit_of(key) is None
+        elif isinstance(expected, Save):
+            assert self.state.commit_of(key) is None
             assert self.state.find(key) is expected.job, "(7)"
             self.state.let_go_memory(expected.job)
         elif isinstance(expected, Stored):
             found = self.state.find(key)
             assert isinstance(found, Commit) and found.info == expected.info, "(7)"
+            assert self.state.commit_of(key) is found
         elif era is not None and key.token_count in era.failed:
             with pytest.raises(SaveFailedError) as failed:
                 self.state.find(key)

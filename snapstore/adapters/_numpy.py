@@ -1,6 +1,7 @@
 """numpy arrays (with ml_dtypes: bfloat16 and float8 too) <-> host bytes.
 
-Everything is copied with the GIL held, in calls of well under a millisecond: ``np.copyto`` lets it go once an array.
+Bytes are copied with the GIL held, in calls of well under a millisecond: 48 arrays (16 MB) beside a thread hungry for
+it take 1.1 x alone (strided ones 2 x), and ``np.copyto``, which lets it go once an array, 200 x.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """torch tensors <-> host bytes. Works without numpy.
 
-PLACEHOLDER
+Bytes go through memoryviews, which hold the GIL: 48 tensors (16 MB) beside a thread hungry for it take 1.2 x alone; one
+``_foreach_copy_`` 1.5 x, and 400 x where it waits for torch's threads; ``ctypes.memmove``, which lets it go, 270 x.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ _ADVICE = {
 
 
 _dispatch_keys = torch._C._dispatch_keys
+
 _as_plain_tensors = torch._C.DisableTorchFunction
-"""What subclasses and modes, a default device among them, make of torch's functions is of no interest here."""
+"""In this context subclasses and modes, a default device among them, have no say in torch's functions."""
 
 
 def _keys(tensor: torch.Tensor) -> int:
@@ -86,7 +88,7 @@ _LONG_ROW_BYTES = 4096
 """Rows are copied one by one where they are few, or so long that finding each costs less than copying it."""
 
 
-_Source = tuple[torch.Tensor, "int | None"]
+_Source = tuple[torch.Tensor, int | None]
 """A tensor, and how many of its axes count rows without a gap in host memory (0: it is contiguous).
 
 ``None``: its bytes are not there to be copied as they are, or in too many rows; torch has to do it.

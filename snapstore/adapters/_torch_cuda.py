@@ -52,6 +52,8 @@ def device_named(device: Any) -> Device | None:
         raise ValueError(f"torch has no device {device!r}") from error
     if found.type != "cuda":
         return None
+    if not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"torch has no device {device!r} here")
     return device_at(torch.cuda.current_device() if found.index is None else found.index)
 
 
@@ -270,7 +272,7 @@ def _views(arena: torch.Tensor, layout: Layout) -> Iterator[tuple[str, torch.Ten
 # --- the driver ---
 
 
-def _driver() -> tuple[ctypes.CDLL, str] | None:
+def driver_library() -> tuple[ctypes.CDLL, str] | None:
     """The driver's library and the prefix of its functions; ``None``: not to be had under the names known here."""
     name, prefix = ("libamdhip64.so", "hip") if torch.version.hip else ("libcuda.so.1", "cu")
     try:
@@ -281,7 +283,7 @@ def _driver() -> tuple[ctypes.CDLL, str] | None:
 
 def _relax_capture() -> None:
     """Let the calling thread make any call while another captures a graph; by default some would spoil the capture."""
-    driver = _driver()
+    driver = driver_library()
     if driver is not None:
         library, prefix = driver
         mode = ctypes.c_int(_RELAXED)
@@ -290,7 +292,7 @@ def _relax_capture() -> None:
 
 def _event_query() -> Callable[[torch.cuda.Event], bool]:
     """A question to the driver that drops the GIL; torch's own, which holds it, where there is no other way."""
-    driver = _driver()
+    driver = driver_library()
     if driver is None:
         return _asked_of_torch
     library, prefix = driver

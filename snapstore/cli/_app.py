@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import io
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,6 +26,7 @@ _PASS_ON = {"ignore_unknown_options": True, "help_option_names": []}
 
 _MODULES = {
     "ls": "_ls", "inspect": "_inspect", "verify": "_check", "prune": "_prune", "stats": "_stats", "doctor": "_check",
+    "serve": "_serve",
 }  # fmt: skip
 
 
@@ -42,6 +44,29 @@ class _Commands(click.Group):
         module = import_module(f"snapstore.cli.{_MODULES[cmd_name]}")
         command: click.Command = getattr(module, cmd_name)
         return command
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """As ever, but that nobody reads the help is no error of ours."""
+        with _while_somebody_reads():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As ever, but that nobody reads on is no error of ours."""
+        with _while_somebody_reads():
+            status = super().invoke(ctx)
+            sys.stdout.flush()
+            return status
+
+
+@contextmanager
+def _while_somebody_reads() -> Iterator[None]:
+    """Where the reader of a pipe is gone, drop what is buffered and end; click would end with status 1."""
+    try:
+        yield
+    except BrokenPipeError:
+        with suppress(BrokenPipeError):
+            sys.stdout.close()
+        raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 @click.group(
@@ -95,19 +120,12 @@ def run(arguments: Sequence[str] | None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = group.main(arguments, prog_name="snapstore", standalone_mode=False)
-        sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt):
         note("Interrupted.")
         return INTERRUPTED
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except BrokenPipeError:
-        return _nobody_reads()
-    except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # click's way to end on one
-            return _nobody_reads()
-        raise
     except RootError as error:
         note(f"Error: {error}")
         return NO_ROOT if error.errno == errno.ENOENT else USAGE
@@ -115,10 +133,3 @@ def run(arguments: Sequence[str] | None) -> int:
         note(f"Error: {error}")
         return PROBLEMS
     return int(status or 0)
-
-
-def _nobody_reads() -> int:
-    """Drop what is buffered, so that the interpreter does not complain about it at its end."""
-    with suppress(BrokenPipeError):
-        sys.stdout.close()
-    return INTERRUPTED

@@ -41,7 +41,7 @@ OWNER_STYLE = {"alive": "green", "dead": "yellow", "unknown": "magenta"}
 
 def emit_json(command: str, **fields: Any) -> None:
     """The one object that a command with ``--json`` prints."""
-    click.echo(json.dumps({"schema": SCHEMA, "command": command, **fields}, allow_nan=False))
+    _print(json.dumps({"schema": SCHEMA, "command": command, **fields}, allow_nan=False))
 
 
 def on_terminal() -> bool:
@@ -54,15 +54,19 @@ def line_width() -> int:
     return min(os.get_terminal_size(sys.stdout.fileno()).columns, 110) if on_terminal() else 10_000
 
 
+def _print(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
 def say(text: str, style: str = "") -> None:
     """A line of the answer; ``style`` is a colour."""
     coloured = style and on_terminal() and not os.environ.get("NO_COLOR")
-    click.secho(text, fg=style) if coloured else click.echo(text, color=False)
+    _print(click.style(text, fg=style) if coloured else text)
 
 
 def note(text: str) -> None:
     """A line beside the answer: to standard error, so that a pipe carries the answer alone."""
-    click.echo(text, err=True, color=False)
+    sys.stderr.write(f"{text}\n")
 
 
 def finding_json(finding: Finding) -> dict[str, Any]:
@@ -98,7 +102,7 @@ def _plain_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> N
             text.rjust(width) if column.right else text.ljust(width)
             for text, width, column in zip(row, widths, columns, strict=True)
         ]
-        click.echo("  ".join(padded).rstrip(), color=False)
+        _print("  ".join(padded).rstrip())
 
 
 def _rich_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> None:

@@ -72,8 +72,9 @@ def prune(
     Asks before it removes; where nobody can be asked, --yes is needed.
     """
     rules = Rules(**rules_given)
+    path = chosen_root(root, default_root)
     _check_usage(rules, asks=not (dry_run or yes), as_json=as_json)
-    with opened_root(FileSystem(), chosen_root(root, default_root), to_change=True) as opened:
+    with opened_root(FileSystem(), path, to_change=True) as opened:
         plan = _plan(opened, rules)
         if dry_run:
             return _show_dry_run(opened, plan, as_json)
@@ -105,7 +106,11 @@ def _plan(root: Root, rules: Rules) -> Plan:
 
 def _confirmed(plan: Plan) -> bool:
     what = f"{plural(plan.snapshots, 'snapshot')} of {plural(plan.requests, 'request')}"
-    return click.confirm(f"Remove {what}, {format_size(plan.freed_bytes)}?", err=True)
+    try:
+        return click.confirm(f"Remove {what}, {format_size(plan.freed_bytes)}?", err=True)
+    except click.Abort:
+        note("")  # the answer's line ends here
+        raise
 
 
 def _carry_out(root: Root, plan: Plan) -> PruneReport:

@@ -1,0 +1,190 @@
+"""What of the CUDA side runs without a GPU: which device, how tensors are packed, and that nothing wakes a device."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from snapstore import SnapshotStore  # noqa: E402
+from snapstore._format import ITEM_BYTES, Layout  # noqa: E402
+from snapstore.adapters import _torch_cuda, device_named, devices_of  # noqa: E402
+from snapstore.adapters._torch import _DTYPES, ADAPTER  # noqa: E402
+
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here; tests/gpu looks at it")
+
+
+class Calls(TorchDispatchMode):
+    """What torch was asked to do, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__.partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def launches(self) -> int:
+        """Calls that would launch a kernel or a copy on a device."""
+        views = {"view", "detach", "_to_copy", "alias", "_unsafe_view", "slice", "reshape"}
+        return sum(name not in views for name in self.names)
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    whole = tensor.resolve_conj().resolve_neg().contiguous()
+    return bytes(whole.view(-1).view(torch.uint8).tolist()) if whole.numel() else b""
+
+
+def packed(tensors: dict[str, torch.Tensor], *, lend: bool = False) -> tuple[bytes, bytes]:
+    """What the blocks hold, and what the data part of the file must be."""
+    specs, _ = ADAPTER.describe(tensors)
+    order = Layout.of(specs).file_order
+    in_order = [list(tensors.values())[index] for index in order]
+    device = _torch_cuda.CudaDevice(0)
+    blocks = device.lend(in_order) if lend else device.pack(in_order)
+    assert all(block.data.dim() == 1 and block.data.nbytes == block.nbytes for block in blocks)
+    assert not any(block.data.requires_grad for block in blocks)
+    return b"".join(bytes_of(block.data) for block in blocks), b"".join(bytes_of(each) for each in in_order)
+
+
+def random_bits(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    size = torch.empty(0, dtype=dtype).element_size()
+    if dtype is torch.bool:
+        return torch.randint(0, 2, shape, dtype=torch.uint8).bool()
+    count = size
+    for extent in shape:
+        count *= extent
+    return torch.randint(0, 255, (count,), dtype=torch.uint8).view(dtype).view(shape)
+
+
+def variety() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    tensors = {f"plain {name}": random_bits(dtype, 3, 5) for name, dtype in _DTYPES.items()}
+    tensors |= {f"scalar {name}": random_bits(dtype, 1).reshape(()) for name, dtype in _DTYPES.items()}
+    tensors |= {f"empty {name}": torch.empty((0, 3), dtype=dtype) for name, dtype in _DTYPES.items()}
+    base = torch.randn(4, 6, 8)
+    complexes = torch.randn(3, 4, dtype=torch.complex64)
+    tensors |= {
+        "turned": base.permute(2, 0, 1), "cut": base[::2, 1:5], "row": base[1, 2],
+        "expanded": base[:1, :1].expand(3, 4, 8),
+        "conj": complexes.conj(), "neg": complexes.conj().imag, "real": complexes.real,
+        "parameter": torch.nn.Parameter(torch.randn(3, 3)), "graph": torch.nn.Parameter(torch.randn(3)) * 2,
+    }  # fmt: skip
+    with torch.inference_mode():
+        tensors["inference"] = torch.randn(5)
+    return tensors
+
+
+@pytest.mark.parametrize("lend", [False, True])
+def test_the_bytes_of_all_dtypes_views_and_modes_are_those_of_the_file(lend: bool) -> None:
+    got, expected = packed(variety(), lend=lend)
+    assert got == expected
+
+
+def test_every_dtype_of_the_format_is_packed() -> None:
+    assert set(_DTYPES) == set(ITEM_BYTES)
+
+
+def test_packing_in_inference_mode_is_the_same() -> None:
+    with torch.inference_mode():
+        got, expected = packed(variety())
+    assert got == expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 1000])
+def test_what_is_packed_is_no_alias_of_its_source(count: int) -> None:
+    tensors = [torch.full((8,), float(number)) for number in range(count)]
+    blocks = _torch_cuda.CudaDevice(0).pack(tensors)
+    for tensor in tensors:
+        tensor.zero_()
+    assert torch.cat([block.data for block in blocks]).sum() == 8 * sum(range(count))
+
+
+def test_a_thousand_tensors_are_one_launch_a_width() -> None:
+    tensors = {f"wide {number}": torch.randn(8) for number in range(500)}
+    tensors |= {f"narrow {number}": torch.randn(8).bfloat16() for number in range(250)}
+    tensors |= {f"other {number}": torch.randn(8).half() for number in range(250)}
+    with Calls() as calls:
+        got, expected = packed_only(tensors)
+    assert got == expected
+    assert calls.launches == 2, calls.names
+
+
+def packed_only(tensors: dict[str, torch.Tensor]) -> tuple[int, int]:
+    specs, _ = ADAPTER.describe(tensors)
+    order = Layout.of(specs).file_order
+    blocks = _torch_cuda.CudaDevice(0).pack([list(tensors.values())[index] for index in order])
+    return sum(block.nbytes for block in blocks), sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_a_run_stays_within_what_cat_can_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_torch_cuda, "_INDEX_MAX", 100)
+    runs = list(
+        _torch_cuda.runs_of(
+            [torch.zeros(40), torch.zeros(40), torch.zeros(40), torch.zeros(300), torch.zeros(5)]
+        )
+    )
+    assert [[each.numel() for each in run] for run in runs] == [[40, 40], [40], [300], [5]]
+    got, expected = packed({f"{number}": torch.randn(37) for number in range(20)})
+    assert got == expected
+
+
+@WITHOUT_GPU
+def test_host_tensors_are_on_no_device_and_none_is_asked() -> None:
+    assert devices_of("torch", {"a": torch.zeros(3), "b": torch.nn.Parameter(torch.zeros(3))}) is None
+    assert devices_of("torch", {}) is None
+    assert device_named("torch", None) is None and device_named("torch", "cpu") is None
+    assert device_named("numpy", "cpu") is None
+    with pytest.raises(ValueError, match="no device"):
+        device_named("torch", "nonsense")
+    assert not torch.cuda.is_initialized()
+
+
+def test_a_process_that_saves_from_the_host_wakes_no_device(root: Path) -> None:
+    script = """
+import sys
+from snapstore import SnapshotStore
+import numpy as np
+with SnapshotStore(sys.argv[1]) as store:
+    store.save("numpy", 1, {"a": np.zeros(3)}).result(10)
+    store.load("numpy", 1), store.health(), store.stats(), store.drain(1)
+    assert "torch" not in sys.modules
+    import torch
+    store.save("torch", 1, {"a": torch.zeros(3)}).result(10)
+    store.load("torch", 1, device="cpu"), store.load("numpy", 1, framework="torch")
+    assert not torch.cuda.is_initialized()
+    import threading
+    assert not [each for each in threading.enumerate() if "device" in each.name], threading.enumerate()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(root)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_driver_is_asked_by_names_that_exist_where_it_does() -> None:
+    driver = _torch_cuda.driver_library()
+    if driver is None:
+        pytest.skip("no driver here")
+    library, prefix = driver
+    for name in ("EventQuery", "ThreadExchangeStreamCaptureMode"):
+        assert getattr(library, prefix + name)
+
+
+@WITHOUT_GPU
+def test_a_load_to_a_gpu_that_is_not_there_says_so(root: Path) -> None:
+    with SnapshotStore(root) as store:
+        store.save("request", 1, {"a": torch.zeros(3)}).result(10)
+        with pytest.raises(ValueError, match="no device 'cuda:0' here"):
+            store.load("request", 1, device="cuda:0")
+        assert not [each for each in threading.enumerate() if "device" in each.name]
+        assert store.load("request", 1).tensors["a"].tolist() == [0, 0, 0]
