@@ -198,7 +198,7 @@ class Engine:
             except BaseException as error:  # noqa: BLE001 - a thread's top
                 last = start + 1 == _STARTS
                 what = f"the {name} thread died of {type(error).__name__}: {error}"
-                extra = {"event": "thread_died", "reason": "bug", "thread": name}
+                extra = {"event": "thread_died", "reason": "bug", "role": name}
                 more = "" if last else "; it is started again"
                 _log.critical("thread_died: %s%s", what, more, exc_info=error, extra=extra)
                 if last or self._ending.locked():

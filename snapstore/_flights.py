@@ -28,105 +28,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
 
-from snapstore._device import Block, Device
-from snapstore._format import Layout
-from snapstore._pinned import HostBuffer
-from snapstore._records import Job
-from snapstore._types import DeviceHealth, DeviceStatus
-
-
-@dataclass(slots=True, eq=False)
-class Submission:
-    """The device side of one save. ``borrowed``: the sources themselves are read, and are its caller's until then."""
-
-    job: Job
-    layout: Layout
-    buffer: HostBuffer
-    borrowed: bool
-    parts: list[Part] = field(default_factory=list)
-    parts_left: int = 0
-    handed_over: bool = False
-    ended: bool = False
-
-    @property
-    def leaks(self) -> bool:
-        return self.ended and any(part.flying for part in self.parts)
-
-
-@dataclass(slots=True, eq=False)
-class Part:
-    """What one device has to do for a submission: copy ``blocks``, which hold the tensors ``indices`` in this order."""
-
-    submission: Submission
-    device: Device
-    indices: Sequence[int]
-    blocks: Sequence[Block]
-    after: Any
-    flying: bool = False
-    over: bool = False
-    mark: Any = None
-
-    @property
-    def waiting(self) -> bool:
-        return not (self.flying or self.over)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(block.nbytes for block in self.blocks)
-
-    def let_go(self) -> None:
-        """The device does not read it any more: outside the lock, since it frees memory of the device."""
-        self.blocks, self.after, self.mark = (), None, None
-
-
-class Landing(NamedTuple):
-    """A copy to the device that is under way, and what to do when ``mark`` is reached."""
-
-    mark: Any
-    landed: Callable[[], None]
-
-
-@dataclass(slots=True, eq=False)
-class Lane:
-    """One device of one store."""
-
-    device: Device
-    work: threading.Condition
-    status: DeviceStatus = "ok"
-    error: BaseException | None = None
-    since_s: float = 0.0
-    waiting: deque[Part] = field(default_factory=deque)
-    flying: deque[Part] = field(default_factory=deque)
-    landings: deque[Landing] = field(default_factory=deque)
-    thread: threading.Thread | None = None
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.waiting or self.flying or self.landings)
-
-
-@dataclass(slots=True)
-class Verdict:
-    """What is to be done after the lock: parts to let go, submissions at rest, ends that the caller has taken."""
-
-    over: list[Part] = field(default_factory=list)
-    at_rest: list[Submission] = field(default_factory=list)
-    admit: list[Submission] = field(default_factory=list)
-    abandon: list[tuple[Submission, BaseException]] = field(default_factory=list)
-
-
-class DeviceFacts(NamedTuple):
-    """One moment of all devices of a store, for whoever looks."""
-
-    on_their_way: int = 0
-    leaked_bytes: int = 0
-    pageable_copies: int = 0
-    devices: tuple[DeviceHealth, ...] = ()
+from snapstore._device import Device
+from snapstore._device_records import DeviceFacts, Landing, Lane, Part, Submission, Verdict
+from snapstore._types import DeviceHealth
 
 
 class Flights:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from snapstore._device_records import DeviceFacts
 from snapstore._engine import Engine
-from snapstore._flights import DeviceFacts
 from snapstore._records import Published
 from snapstore._types import HealthStatus, StoreHealth, StoreStats
 

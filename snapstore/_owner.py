@@ -149,7 +149,9 @@ class _Books:
     def in_child(self) -> None:
         for lock in self.held:
             lock._forget_in_child()
-        self.__init__()  # type: ignore[misc]  # whoever held its lock is not here
+        self.held.clear()
+        self._changed = threading.Condition()  # whoever held the other one is not here
+        self._changing = self._forking = 0
 
 
 _FORK_WAITS_S = 1.0

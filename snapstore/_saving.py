@@ -14,8 +14,9 @@ from typing import Any
 from snapstore._device import Device
 from snapstore._engine import Engine
 from snapstore._format import Layout, encode_metadata
+from snapstore._placing import Placed
 from snapstore._records import Content, Job
-from snapstore._staging import Placed, stage
+from snapstore._staging import stage
 from snapstore._ticket import SaveTicket
 from snapstore._types import SnapshotKey
 from snapstore.adapters import Adapter, adapter_for, devices_of

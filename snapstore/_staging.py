@@ -10,28 +10,29 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from snapstore._device import Block, Channel, Device, DeviceLostError, Move
+from snapstore._device import Channel, Device, DeviceLostError
+from snapstore._device_records import DeviceFacts, Landing, Lane, Submission, Verdict
 from snapstore._errors import SaveFailedError, SnapstoreError, StoreClosedError
-from snapstore._flights import DeviceFacts, Flights, Landing, Lane, Part, Submission, Verdict
+from snapstore._flights import Flights
 from snapstore._format import Layout
-from snapstore._memory import BufferPool, HostImage, copy_bytes, segments_of
+from snapstore._memory import BufferPool, HostImage, segments_of
 from snapstore._options import StoreOptions
 from snapstore._pinned import HostBuffer, PinnedPool, pageable
-from snapstore._records import Job
+from snapstore._placing import Placed, copy_host_tensors, moves_of_part, part_of
 from snapstore._reasons import reason_of
+from snapstore._records import Job
 from snapstore._state import State
 from snapstore._types import SnapshotKey
 from snapstore.adapters import Adapter
 
-_SHORT_PAUSE_S = 0.0001
-_LONG_PAUSE_S = 0.002
-_STUCK_PAUSE_S = 0.05
-"""Between two looks at the oldest copy: short after something happened, then longer and longer."""
+_FASTEST_BYTES_PER_S = 50e9
+_SHORT_PAUSE_S, _LONG_PAUSE_S, _STUCK_PAUSE_S = 50e-6, 2e-3, 50e-3
+_LATE = 0.05
+"""When to look at the oldest copy: not before it can be there, then so often that a twentieth of its time is lost."""
 
 _log = logging.getLogger("snapstore.device")
 
@@ -57,22 +58,6 @@ def stage(
 
 def _giver(pool: BufferPool, buffer: memoryview) -> Callable[[], None]:
     return lambda: pool.give_back(buffer)
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """The tensors of one save, some of them on devices (``None``: in host memory); ``sources``: of the adapter."""
-
-    adapter: Adapter
-    tensors: Sequence[Any]
-    sources: Sequence[Any]
-    layout: Layout
-    devices: Sequence[Device | None]
-    borrow: bool
-
-    @property
-    def distinct_devices(self) -> list[Device]:
-        return [device for device in dict.fromkeys(self.devices) if device is not None]
 
 
 class Staging:
@@ -113,10 +98,10 @@ class Staging:
         buffer = self._take_buffer(placed.layout.nbytes)
         submission = Submission(job, placed.layout, buffer, placed.borrow)
         try:
-            _copy_host_tensors(placed, buffer.view)
+            copy_host_tensors(placed, buffer.view)
             for device in placed.distinct_devices:
                 self._open_lane(device)
-                submission.parts.append(_part(submission, device, placed))
+                submission.parts.append(part_of(submission, device, placed))
             self._state.on_its_way(job)
             unfit = self._flights.submit(submission)
             if unfit is not None:
@@ -170,11 +155,11 @@ class Staging:
         """The thread's top: whatever ends it but the store's end, the device is lost."""
         try:
             channel = lane.device.open()
-            pause_s = _SHORT_PAUSE_S
-            while self._flights.await_work(lane, pause_s):
-                moved = self._start_waiting(lane, channel) + self._land_what_arrived(lane, channel)
-                longest_s = _STUCK_PAUSE_S if lane.status == "stuck" else _LONG_PAUSE_S
-                pause_s = _SHORT_PAUSE_S if moved else min(1.5 * pause_s, longest_s)
+            while self._flights.await_work(lane, _pause_s(lane)):
+                while self._start_one(lane, channel):
+                    pass
+                while self._land_one(lane, channel):
+                    pass
         except BaseException as error:  # noqa: BLE001 - recorded, and in every ticket and report from here on
             extra = {"event": "device_lost", "reason": "device", "device": lane.device.name}
             _log.critical(
@@ -187,18 +172,6 @@ class Staging:
             if lane.flying or lane.landings:
                 _lost.append(lane)
 
-    def _start_waiting(self, lane: Lane, channel: Channel) -> int:
-        count = 0
-        while self._start_one(lane, channel):
-            count += 1
-        return count
-
-    def _land_what_arrived(self, lane: Lane, channel: Channel) -> int:
-        count = 0
-        while self._land_one(lane, channel):
-            count += 1
-        return count
-
     def _start_one(self, lane: Lane, channel: Channel) -> bool:
         """A function of its own, so that the thread keeps nothing of the last copy alive while it waits."""
         part, verdict = self._flights.take(lane)
@@ -206,7 +179,7 @@ class Staging:
         if part is None:
             return False
         try:
-            part.mark = channel.start(part.after, _moves_of_part(part))
+            part.mark = channel.start(part.after, moves_of_part(part))
         except DeviceLostError:
             raise
         except RuntimeError as error:
@@ -317,59 +290,13 @@ class Staging:
         return errors
 
 
-def _part(submission: Submission, device: Device, placed: Placed) -> Part:
-    layout = placed.layout
-    indices = [index for index in layout.file_order if placed.devices[index] is device]
-    tensors = [placed.tensors[index] for index in indices]
-    blocks = device.lend(tensors) if placed.borrow else device.pack(tensors)
-    part = Part(submission, device, indices, blocks, device.mark())
-    assert part.nbytes == sum(layout.sizes[index] for index in indices)
-    return part
-
-
-def _copy_host_tensors(placed: Placed, target: memoryview) -> None:
-    near = [index for index, device in enumerate(placed.devices) if device is None]
-    if near:
-        views, _keeps = placed.adapter.view([placed.sources[index] for index in near])
-        for index, view in zip(near, views, strict=True):
-            offset = placed.layout.offsets[index]
-            copy_bytes(view, target[offset : offset + len(view)])
-
-
-def _moves_of_part(part: Part) -> list[Move]:
-    submission = part.submission
-    return list(moves_of(part.blocks, part.indices, submission.layout, submission.buffer))
-
-
-def moves_of(
-    blocks: Iterable[Block], indices: Sequence[int], layout: Layout, buffer: HostBuffer
-) -> Iterator[Move]:
-    """What to copy where: blocks and places in the file side by side, cut wherever either of them ends."""
-    spans = _spans(layout, indices)
-    return _matched(iter(blocks), (piece for begin, end in spans for piece in buffer.pieces(begin, end)))
-
-
-def _matched(blocks: Iterator[Block], pieces: Iterable[memoryview]) -> Iterator[Move]:
-    block, used = Block(None, 0), 0
-    for piece in pieces:
-        while len(piece):
-            if used == block.nbytes:
-                block, used = next(blocks), 0
-                continue
-            count = min(len(piece), block.nbytes - used)
-            yield Move(block.data, used, piece[:count])
-            piece, used = piece[count:], used + count
-
-
-def _spans(layout: Layout, indices: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The places of these tensors in the file, in its order, joined where they touch."""
-    begin = end = 0
-    for index in indices:
-        if layout.offsets[index] != end:
-            yield begin, end
-            begin = layout.offsets[index]
-        end = layout.offsets[index] + layout.sizes[index]
-    yield begin, end
+def _pause_s(lane: Lane) -> float:
+    """Until the next look at what flies, on the device's thread."""
+    if lane.status == "stuck":
+        return _STUCK_PAUSE_S
+    taken_s = time.monotonic() - lane.since_s
+    needed_s = lane.flying[0].nbytes / _FASTEST_BYTES_PER_S if lane.flying else 0.0
+    return min(max(needed_s - taken_s, _LATE * taken_s, _SHORT_PAUSE_S), _LONG_PAUSE_S)
 
 
 def _image(submission: Submission) -> HostImage:

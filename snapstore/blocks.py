@@ -264,7 +264,7 @@ class BlockStore:
 
 def _no_room(nbytes: int, limit_bytes: int, missing_bytes: int) -> DiskQuotaError:
     error = DiskQuotaError(
-        f"a block of {nbytes} bytes does not fit: max_bytes is {limit_bytes}, and nothing more can be discarded just now"
+        f"a block of {nbytes} bytes does not fit: max_bytes is {limit_bytes}, and nothing else can be discarded now"
     )
     error.nbytes, error.limit_bytes = nbytes, limit_bytes
     error.used_bytes = limit_bytes + missing_bytes - nbytes

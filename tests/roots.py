@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import snapstore
-from snapstore import SnapshotStore, StoreOptions
+from snapstore import SnapshotStore, StoreOptions, _paths
 from snapstore.cli import main
 from snapstore.testing import FaultyFileSystem
 
@@ -115,13 +115,14 @@ def live() -> None:
     store = SnapshotStore(sys.argv[1], StoreOptions(leftovers="keep"), file_system=files)
     fill(store)
     store.save("forgotten", 1, tensors(1)).result(30)
-    removing = files.pause("unlink", snapstore._paths.TRASH)
+    removing = files.pause("unlink", _paths.TRASH)
     store.cleanup_request("forgotten")
     removing.wait_reached()
-    writing = files.pause("close", snapstore._paths.TEMPORARY)
+    writing = files.pause("close", _paths.TEMPORARY)
     store.save("torn", 1, tensors(1))
     writing.wait_reached()
-    print(store.session, flush=True)
+    sys.stdout.write(f"{store.session}\n")
+    sys.stdout.flush()
     sys.stdin.read()
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -5,16 +5,20 @@ The functions that take a ``Talk`` run in a child process (see ``processes``); t
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
 import json
+import logging
 import os
+import resource
 import sys
 import threading
 import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -24,7 +28,9 @@ from helpers import assert_same, tensors
 from processes import PATIENCE_S, Talk
 
 from snapstore import (
+    RootError,
     SaveFailedError,
+    SaveState,
     SaveTicket,
     SnapshotNotFoundError,
     SnapshotStore,
@@ -432,3 +438,113 @@ def leave_in_one_of_several_ways(store: SnapshotStore, number: int) -> None:
     del store
     gc.collect()
     sys.exit(0)
+
+
+# -- full disks -------------------------------------------------------------------------------------------------------
+
+
+class Heard(logging.Handler):
+    """What snapstore has logged, from WARNING on."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+        logging.getLogger("snapstore").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def cause_of(ticket: SaveTicket) -> int | None:
+    """The error number that a save failed with."""
+    error = ticket.exception(PATIENCE_S)
+    return error.__cause__.errno if error is not None and isinstance(error.__cause__, OSError) else None
+
+
+def fills_a_disk(root: Path, fill: Callable[[SnapshotStore], None], make_room: Callable[[SnapshotStore], None]) -> dict[str, Any]:
+    """A store on a disk that fills up under it, before and after there is room again; what there was to see."""
+    heard, seen = Heard(), {}
+    store = SnapshotStore(root)
+    kept = save(store, ("kept", 1), 0).result(PATIENCE_S)
+    fill(store)
+    big = {"big": tensors(1, 512 * 1024)["conv"]}
+    seen["errors"] = [cause_of(store.save("kept", 1, big)), *(cause_of(store.save("new", n, big)) for n in range(5))]
+    seen["kept"] = version_of(store, ("kept", 1)) == 0 and kept.path.exists()
+    seen["temporaries"] = [path.name for path in Path(store.session, ".tmp").iterdir()]
+    seen["health"] = [store.health().status]
+    seen["warnings"] = len(heard.lines)
+    make_room(store)
+    save(store, ("after", 1), 1).result(PATIENCE_S)
+    seen["after"] = version_of(store, ("after", 1))
+    seen["health"].append(store.health().status)
+    seen["warnings since"] = len(heard.lines) - seen["warnings"]
+    seen["clean"] = store.shutdown(cleanup=True).clean
+    seen["left"] = [path.name for path in sessions_in(root)]
+    return seen
+
+
+def fills_a_small_disk(disk: str) -> None:
+    """To be run where a small file system is mounted; says what it saw on its standard output."""
+    ballast = Path(disk) / "ballast"
+
+    def fill(_: SnapshotStore) -> None:
+        with ballast.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    print(json.dumps(fills_a_disk(Path(disk) / "root", fill, lambda _: ballast.unlink())))  # noqa: T201
+
+
+def stays_full(disk: str) -> None:
+    """The same, and no room comes back before the end: it ends in time all the same, and says what failed."""
+    store = SnapshotStore(Path(disk) / "root")
+    tickets = [store.save("a", number, tensors(number, 16 * 1024)) for number in range(64)]
+    report = store.shutdown(timeout_s=PATIENCE_S)
+    errors = {cause_of(ticket) for ticket in tickets}
+    failed = sum(ticket.state is SaveState.FAILED for ticket in tickets)
+    try:
+        SnapshotStore(Path(disk) / "root", StoreOptions(leftovers="keep")).shutdown()
+        reopened = "opened"
+    except RootError as error:
+        reopened = errno.errorcode[error.errno or 0]
+    with SnapshotStore(Path(disk) / "root", StoreOptions(leftovers="adopt")) if reopened == "opened" else nullcontext() as again:
+        adopted = again.stats().live_snapshots if again is not None else None
+    said = {
+        "errors": sorted(filter(None, errors)),
+        "all settled": failed + len(tickets) - failed == len(tickets) and report.abandoned == (),
+        "failed": failed,
+        "stopped": report.writer_stopped,
+        "reopened": reopened,
+        "adopted": adopted == len(tickets) - failed if adopted is not None else None,
+    }
+    print(json.dumps(said))  # noqa: T201
+
+
+def writes_within_a_limit(talk: Talk, root: str) -> None:
+    """A limit on the size of files: a disk that is full for big ones only."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(_: SnapshotStore) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, before[1]))
+
+    def make_room(_: SnapshotStore) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    talk.say(json.dumps(fills_a_disk(Path(root), fill, make_room)))
+
+
+def runs_out_of_descriptors(talk: Talk, root: str) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened: list[int] = []
+
+    def fill(_: SnapshotStore) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+        with suppress(OSError):
+            while True:
+                opened.append(os.open("/dev/null", os.O_RDONLY))
+
+    def make_room(_: SnapshotStore) -> None:
+        for fd in opened:
+            os.close(fd)
+
+    talk.say(json.dumps(fills_a_disk(Path(root), fill, make_room)))

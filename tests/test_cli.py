@@ -1,4 +1,4 @@
-"""What the command says and what it does, on roots made by real stores. Status and both outputs, for people and programs."""
+"""What the command says and does, on roots made by real stores: status and outputs, for people and programs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import roots
 
 import snapstore
 from snapstore import SnapshotStore, StoreOptions, _paths
+from snapstore._files import FileSystem
+from snapstore._owner import OwnerLock
 
 Capture = pytest.CaptureFixture[str]
 
@@ -180,8 +182,8 @@ def test_filters_combine(
     "wrong",
     [
         ("--filter", "age>5"), ("--filter", "age>-5m"), ("--filter", "size>1x"), ("--filter", "colour=red"),
-        ("--filter", "owner>dead"), ("--filter", "tokens=1"), ("--filter", "age"), ("--filter", ""), ("--sort", "colour"),
-        ("--sort", "tokens"), ("--limit", "-1"), ("--filter",), ("--filter", "requests=1.5"),
+        ("--filter", "owner>dead"), ("--filter", "tokens=1"), ("--filter", "age"), ("--filter", ""),
+        ("--sort", "colour"), ("--sort", "tokens"), ("--limit", "-1"), ("--filter",), ("--filter", "requests=1.5"),
     ],
 )  # fmt: skip
 def test_filters_and_fields_that_are_none_are_usage_errors(
@@ -309,16 +311,14 @@ def test_verify_of_a_sound_root(both: SnapshotStore, capsys: Capture) -> None:
     answer = roots.run(capsys, "verify", both.root)
     assert answer.status == 0
     assert re.search(r"Checked 11 snapshots, \d+ KiB at .*/s: all sound", answer.last_line)
-    assert re.search(r"^temporary .* being written", answer.out, re.M)
-    assert re.search(r"^trash .* forgotten", answer.out, re.M)
+    assert re.search(r"^temporary .* being written", answer.out, re.MULTILINE)
+    assert re.search(r"^trash .* forgotten", answer.out, re.MULTILINE)
     found = as_json(capsys, "verify", both.root)
     assert (found["checked"], found["wrong"], found["without_checksums"]) == (11, 0, 0)
     assert sorted(each["kind"] for each in found["findings"]) == ["temporary", "trash"]
 
 
-@pytest.mark.parametrize(
-    "damage", ["flip the first tensor's byte", "flip the last byte", "cut", "grow", "flip the header"]
-)
+@pytest.mark.parametrize("damage", ["the first byte", "the last byte", "cut", "grow", "the header"])
 def test_verify_finds_any_damage(dead: Path, capsys: Capture, damage: str) -> None:
     path = next(dead.glob("2*/*.g2/128.safetensors"))
     content = bytearray(path.read_bytes())
@@ -328,7 +328,7 @@ def test_verify_finds_any_damage(dead: Path, capsys: Capture, damage: str) -> No
     elif damage == "grow":
         content += b"x"
     else:
-        content[{"flip the last byte": -1, "flip the header": 300}.get(damage, size)] ^= 1
+        content[{"the last byte": -1, "the header": 300}.get(damage, size)] ^= 1
     path.write_bytes(content)
     found = as_json(capsys, "verify", dead, status=1)
     (wrong,) = (each for each in found["findings"] if each["wrong"])
@@ -393,15 +393,15 @@ def test_a_snapshot_of_a_newer_format_is_not_corrupt_and_stays(dead: Path, capsy
 
 
 def _claim_newer_format(path: Path) -> None:
-    from snapstore import _format
+    from snapstore._checksum import checksum_around
 
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little") + 8
     header = content[:size].replace(b'"snapstore.format":"1"', b'"snapstore.format":"9"')
     assert header != content[:size]
-    seal = _format.checksum_around(memoryview(header), _format._SEAL_AT)
-    header = header[: _format._SEAL_AT] + seal + header[_format._SEAL_AT + len(seal) :]
-    path.write_bytes(header + content[size:])
+    at = header.index(b'"snapstore.header_checksum":"') + len(b'"snapstore.header_checksum":"')
+    seal = checksum_around(memoryview(header), at)
+    path.write_bytes(header[:at] + seal + header[at + len(seal) :] + content[size:])
 
 
 def test_files_without_checksums_are_counted(root: Path, capsys: Capture) -> None:
@@ -517,7 +517,7 @@ def test_prune_refuses_what_nobody_should_tidy(
             answer = roots.run(capsys, *command, path)
             assert answer.status == 2 and word in answer.err, (path, command)
     monkeypatch.delenv("HOME")
-    assert roots.run(capsys, "prune", "--yes", os.path.expanduser("~")).status == 2
+    assert roots.run(capsys, "prune", "--yes", Path.home()).status == 2
     assert len(roots.snapshots_in(dead)) == 9
     assert roots.run(capsys, "prune", "--yes", tmp_path / "nothing").status == 10
 
@@ -528,6 +528,27 @@ def test_a_marker_of_another_format_is_refused(dead: Path, capsys: Capture) -> N
         assert roots.run(capsys, "prune", dead, "--yes").status == 2
         assert roots.run(capsys, "ls", dead).status == 2
     assert len(roots.snapshots_in(dead)) == 9
+
+
+def test_a_half_made_session_without_a_lock_stays_and_is_reported(dead: Path, capsys: Capture) -> None:
+    odd = dead / _paths.unborn_session_name()
+    odd.mkdir()
+    (odd / "mine.txt").write_text("mine")
+    answer = roots.run(capsys, "prune", dead, "--yes")
+    assert answer.status == 1 and "has no lock" in answer.err
+    assert (odd / "mine.txt").read_text() == "mine"
+
+
+def test_a_session_that_is_being_made_is_none_of_our_business(dead: Path, capsys: Capture) -> None:
+    session = next(dead.glob("2*"))
+    made = session.rename(dead / _paths.unborn_session_name())
+    lock = OwnerLock.take(FileSystem(), str(made), create=False)
+    assert lock is not None
+    assert roots.run(capsys, "prune", dead, "--yes").status == 0
+    assert len(list(made.glob("*.g*"))) == 3
+    lock.release()
+    assert roots.run(capsys, "prune", dead, "--yes").status == 0
+    assert not made.exists()
 
 
 def test_half_made_and_half_removed_sessions_go_too(dead: Path, capsys: Capture) -> None:
@@ -601,7 +622,7 @@ def test_doctor_tries_the_disk_and_leaves_nothing(both: SnapshotStore, capsys: C
     assert topics["leftovers"]["level"] == "note" and "1 session" in topics["leftovers"]["finding"]
     speed = found["speed"]
     assert speed["nbytes"] == 64 * 2**20
-    assert 0 < speed["raw_write_us"] and 0 < speed["raw_read_us"] < speed["read_us"]
+    assert all(speed[name] > 0 for name in speed)
     text = roots.run(capsys, "doctor", both.root).out
     assert re.search(r"writing .* 64 MiB in \d+ ms .* to the device", text)
 
@@ -640,7 +661,7 @@ def test_demo_and_bench_are_passed_on(capsys: Capture, monkeypatch: pytest.Monke
 
     def demo(arguments: list[str]) -> int:
         called.append(arguments)
-        print("model    tiny")
+        sys.stdout.write("model    tiny\n")
         return 1
 
     monkeypatch.setitem(sys.modules, "snapstore.demo", types.SimpleNamespace(main=demo))  # type: ignore[arg-type]

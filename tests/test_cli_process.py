@@ -7,7 +7,6 @@ import json
 import os
 import pty
 import re
-import resource
 import select
 import signal
 import struct
@@ -18,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import roots
@@ -67,7 +65,7 @@ def test_the_module_is_the_command(dead: Path) -> None:
 
 def test_the_installed_script_calls_the_same_function() -> None:
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    assert re.search(r'^\[project\.scripts\]\nsnapstore = "snapstore\.cli:main"$', project, re.M)
+    assert re.search(r'^\[project\.scripts\]\nsnapstore = "snapstore\.cli:main"$', project, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", LOOKING, ids=" ".join)
@@ -263,7 +261,7 @@ def terminal(*arguments: object, **environment: str) -> Iterator[tuple[subproces
         [*COMMAND, *map(str, arguments)],
         stdin=there, stdout=there, stderr=there, start_new_session=True,
         env={**clean, "TERM": "xterm-256color", **environment},
-        preexec_fn=_take_terminal,
+        preexec_fn=_take_terminal,  # noqa: PLW1509 - no thread runs here
     )  # fmt: skip
     os.close(there)
     try:
@@ -300,9 +298,16 @@ def in_terminal(*arguments: object, answer: str = "", **environment: str) -> tup
         shown = ""
         if answer:
             shown = read_until(fd, lambda text: "[y/N]" in text)
+            _wait_until_it_reads(process.pid)
             os.write(fd, answer.encode())
         shown += read_until(fd, lambda text: False)
         return process.wait(30), shown
+
+
+def _wait_until_it_reads(pid: int) -> None:
+    """A Ctrl-C between the prompt and the read would only be heard after the read, as in any Python program."""
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        os.sched_yield()
 
 
 def test_a_terminal_gets_colours_unless_it_asks_for_none(dead: Path) -> None:

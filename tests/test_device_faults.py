@@ -32,8 +32,8 @@ FAULTS = [
     Fault(
         "the copy does not wait for the producer's event",
         "_staging.py",
-        "channel.start(part.after, _moves_of_part(part))",
-        "channel.start(None, _moves_of_part(part))",
+        "channel.start(part.after, moves_of_part(part))",
+        "channel.start(None, moves_of_part(part))",
         "test_device_save.py::test_a_copy_waits_for_whoever_makes_the_values",
     ),
     Fault(
@@ -78,8 +78,8 @@ FAULTS = [
     Fault(
         "what was lent is forgotten as soon as the copy is asked for",
         "_staging.py",
-        "            part.mark = channel.start(part.after, _moves_of_part(part))\n",
-        "            part.mark = channel.start(part.after, _moves_of_part(part))\n            part.blocks = ()\n",
+        "            part.mark = channel.start(part.after, moves_of_part(part))\n",
+        "            part.mark = channel.start(part.after, moves_of_part(part))\n            part.blocks = ()\n",
         "test_device_save.py::test_lent_tensors_are_kept_until_released_and_not_longer",
     ),
     Fault(

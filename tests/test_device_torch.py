@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch_tensors import bytes_of, variety  # noqa: E402
 
 from snapstore import SnapshotStore  # noqa: E402
 from snapstore._format import ITEM_BYTES, Layout  # noqa: E402
@@ -39,11 +40,6 @@ class Calls(TorchDispatchMode):
         return sum(name not in views for name in self.names)
 
 
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    whole = tensor.resolve_conj().resolve_neg().contiguous()
-    return bytes(whole.view(-1).view(torch.uint8).tolist()) if whole.numel() else b""
-
-
 def packed(tensors: dict[str, torch.Tensor], *, lend: bool = False) -> tuple[bytes, bytes]:
     """What the blocks hold, and what the data part of the file must be."""
     specs, _ = ADAPTER.describe(tensors)
@@ -54,34 +50,6 @@ def packed(tensors: dict[str, torch.Tensor], *, lend: bool = False) -> tuple[byt
     assert all(block.data.dim() == 1 and block.data.nbytes == block.nbytes for block in blocks)
     assert not any(block.data.requires_grad for block in blocks)
     return b"".join(bytes_of(block.data) for block in blocks), b"".join(bytes_of(each) for each in in_order)
-
-
-def random_bits(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-    size = torch.empty(0, dtype=dtype).element_size()
-    if dtype is torch.bool:
-        return torch.randint(0, 2, shape, dtype=torch.uint8).bool()
-    count = size
-    for extent in shape:
-        count *= extent
-    return torch.randint(0, 255, (count,), dtype=torch.uint8).view(dtype).view(shape)
-
-
-def variety() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    tensors = {f"plain {name}": random_bits(dtype, 3, 5) for name, dtype in _DTYPES.items()}
-    tensors |= {f"scalar {name}": random_bits(dtype, 1).reshape(()) for name, dtype in _DTYPES.items()}
-    tensors |= {f"empty {name}": torch.empty((0, 3), dtype=dtype) for name, dtype in _DTYPES.items()}
-    base = torch.randn(4, 6, 8)
-    complexes = torch.randn(3, 4, dtype=torch.complex64)
-    tensors |= {
-        "turned": base.permute(2, 0, 1), "cut": base[::2, 1:5], "row": base[1, 2],
-        "expanded": base[:1, :1].expand(3, 4, 8),
-        "conj": complexes.conj(), "neg": complexes.conj().imag, "real": complexes.real,
-        "parameter": torch.nn.Parameter(torch.randn(3, 3)), "graph": torch.nn.Parameter(torch.randn(3)) * 2,
-    }  # fmt: skip
-    with torch.inference_mode():
-        tensors["inference"] = torch.randn(5)
-    return tensors
 
 
 @pytest.mark.parametrize("lend", [False, True])

@@ -47,7 +47,9 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     {
         "_records": set(),
         "_state": {"_records"},
-        "_flights": {"_records"},
+        "_device_records": {"_records"},
+        "_flights": {"_device_records"},
+        "_placing": {"_device_records"},
         "_session": set(),
         "_adopt": {"_session"},
     },

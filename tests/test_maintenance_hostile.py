@@ -19,7 +19,6 @@ import pytest
 import roots
 
 from snapstore import _paths
-from snapstore._files import FileSystem
 from snapstore._maintenance.plan import Rules, make_plan
 from snapstore._maintenance.prune import carry_out
 from snapstore._maintenance.root import opened_root
@@ -436,7 +435,7 @@ def test_a_bind_mount_of_the_same_device_is_not_crossed(place: Place, where: str
     """In a mount namespace of its own, which needs no rights."""
     if not _may_mount():
         pytest.skip("no user namespaces here")
-    path = sorted(each for each in place.root.glob(where) if each.is_dir())[0]
+    path = min(each for each in place.root.glob(where) if each.is_dir())
     target = place.twin(path)
     assert target.stat().st_dev == path.stat().st_dev, "the point is that st_dev does not tell"
     for command in ("prune --yes", "prune --yes --older-than 0s --include-live", "verify --quarantine"):

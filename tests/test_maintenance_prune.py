@@ -15,8 +15,7 @@ import pytest
 import roots
 from helpers import assert_same
 
-import snapstore
-from snapstore import SnapshotCorruptError, SnapshotStore, StoreOptions
+from snapstore import SnapshotCorruptError, SnapshotStore, StoreOptions, _paths
 from snapstore._files import FileSystem
 from snapstore._maintenance.plan import Plan, Rules, make_plan
 from snapstore._maintenance.prune import PruneReport, carry_out
@@ -67,7 +66,7 @@ def test_leftovers_go_without_a_trace(dead: Path) -> None:
     snapshots = len(roots.snapshots_in(dead))
     blocks = sum(each.stat().st_blocks * 512 for each in dead.glob("2*/*/**/*") if each.is_file())
     report = prune(dead)
-    assert names(dead) == {snapstore._paths.MARKER}
+    assert names(dead) == {_paths.MARKER}
     assert (report.snapshots, report.requests, report.sessions) == (snapshots, len(roots.REQUESTS), 1)
     assert report.freed_bytes == blocks
     assert report.errors == () and not report.interrupted
@@ -95,7 +94,7 @@ def test_the_lock_is_held_while_anything_is_removed(dead: Path) -> None:
     report = prune(dead, files)
     assert adopted == []
     assert report.errors == () and report.snapshots == 9
-    assert names(dead) == {snapstore._paths.MARKER}
+    assert names(dead) == {_paths.MARKER}
 
 
 def test_a_session_that_somebody_has_locked_since_the_plan_is_left(dead: Path) -> None:
@@ -103,7 +102,7 @@ def test_a_session_that_somebody_has_locked_since_the_plan_is_left(dead: Path) -
         plan = planned(root)
         with SnapshotStore(dead, StoreOptions(leftovers="adopt")) as store:
             report = carry_out(root, plan)
-            assert (report.snapshots, report.freed_bytes) == (0, 0)
+            assert report.snapshots == 0
             assert report.gone + report.in_use == 9
             assert store.boundaries("alpha") == roots.TOKENS
 
@@ -129,7 +128,7 @@ def test_a_second_prune_leaves_a_session_to_the_first_wherever_that_stands(dead:
         second = prune(dead)
         assert (second.snapshots, second.freed_bytes) == (0, 0)
     assert reports[0].snapshots == 9 and reports[0].errors == ()
-    assert names(dead) == {snapstore._paths.MARKER}
+    assert names(dead) == {_paths.MARKER}
 
 
 def test_two_prunes_that_planned_the_same_remove_each_file_once(dead: Path) -> None:
@@ -140,21 +139,17 @@ def test_two_prunes_that_planned_the_same_remove_each_file_once(dead: Path) -> N
     assert second.errors == () and second.gone == 9
 
 
-@pytest.mark.parametrize("operation", ["unlink", "remove_directory", "rename", "open_directory", "names"])
+@pytest.mark.parametrize("operation", ["unlink", "remove_directory", "rename", "open_directory", "status_at"])
 def test_a_disk_that_refuses_is_reported_and_the_next_prune_finishes(dead: Path, operation: str) -> None:
     files = FaultyFileSystem()
     with opened_root(files, str(dead)) as root:
         plan = planned(root)
         files.fail(operation, errno.EIO, times=float("inf"))
-        try:
-            report = carry_out(root, plan)
-        except OSError as error:
-            assert operation == "names" and error.errno == errno.EIO
-        else:
-            assert any("Input/output error" in each for each in report.errors)
+        report = carry_out(root, plan)
+        assert any("Input/output error" in each for each in report.errors)
         files.heal()
     prune(dead)
-    assert names(dead) == {snapstore._paths.MARKER}
+    assert names(dead) == {_paths.MARKER}
 
 
 # --- sessions in use ---
@@ -177,8 +172,8 @@ def test_what_is_in_use_goes_through_its_owners_trash(root: Path) -> None:
         assert report.snapshots == 3 and report.errors == ()
         unlinked = [call.paths[0] for call in files.calls if call.operation == "unlink"]
         assert len(unlinked) == 3
-        assert all(Path(path).parent.name == snapstore._paths.TRASH for path in unlinked)
-        assert not any((store.session / snapstore._paths.TRASH).iterdir())
+        assert all(Path(path).parent.name == _paths.TRASH for path in unlinked)
+        assert not any((store.session / _paths.TRASH).iterdir())
         with pytest.raises(SnapshotCorruptError, match="gone"):
             store.load("alpha", 64)
         assert_same(store.load("beta", 64), roots.tensors(64))
@@ -216,7 +211,7 @@ def test_a_still_newer_save_wins_over_what_is_put_back(root: Path) -> None:
         files.call("link", lambda: store.save("alpha", 64, roots.tensors(66)).result(30) and None)
         assert carry_out(opened, plan).changed == 1
         assert_same(store.load("alpha", 64), roots.tensors(66))
-        assert not any((store.session / snapstore._paths.TRASH).iterdir())
+        assert not any((store.session / _paths.TRASH).iterdir())
 
 
 def test_a_live_store_keeps_saving_while_all_it_has_is_pruned_again_and_again(root: Path) -> None:
@@ -264,7 +259,7 @@ def test_killed_at_any_moment_it_leaves_a_sound_root_and_the_next_prune_finishes
         if rules:
             assert len(roots.snapshots_in(root)) == len(roots.REQUESTS)
         else:
-            assert names(root) == {snapstore._paths.MARKER}
+            assert names(root) == {_paths.MARKER}
 
 
 def _prune_and_die(root: Path, moment: int, rules: dict[str, Any]) -> None:

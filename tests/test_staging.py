@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from snapstore import StoreOptions
 from snapstore._device import Block
-from snapstore._flights import Flights, Part, Submission, Verdict
+from snapstore._device_records import Part, Submission, Verdict
+from snapstore._flights import Flights
 from snapstore._format import Layout, TensorSpec
 from snapstore._memory import BufferPool, HostImage, segments_of
 from snapstore._pinned import HostBuffer, pageable
+from snapstore._placing import moves_of
 from snapstore._records import Content, Job
-from snapstore._staging import moves_of
 from snapstore._state import State
 from snapstore._types import SnapshotKey
 from snapstore.testing import FakeDevice

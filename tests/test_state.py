@@ -921,10 +921,11 @@ def test_6_a_turn_is_a_reserve_for_those_who_must_not_block(script: Script) -> N
     hands = Hands(max_pending_jobs=1, save_timeout_s=2.0)
     job = hands.start("a")
     turn = hands.state.queue_up(SnapshotKey("b", 1), 10, CONTENT)
-    assert hands.state.enter(turn) is None
     assert (hands.now.accepted, hands.now.live_requests) == (1, 2)
+    assert hands.state.enter(turn) is None
     hands.commit(job)
     entered = hands.state.enter(turn)
+    assert (hands.now.accepted, hands.now.pending) == (2, 1)
     assert entered is not None and entered.ticket.state is SaveState.STAGING and entered.life is turn.life
     hands.state.leave(turn)
     assert hands.admit(entered) and hands.find("b") is entered
@@ -986,6 +987,7 @@ def test_6_bells_ring_outside_the_lock_after_whatever_may_end_a_wait(hands: Hand
         return len(rung) > before
 
     with hands.state.watched(lambda: rung.append(len(hands.state.tickets()))):
+        assert rings(hands.reserve, "a", 9), "the next one in the line may go"
         job = hands.reserve("a", 1)
         assert rings(hands.admit, job)
         hands.claim()

@@ -607,6 +607,14 @@ class StateMachine(RuleBasedStateMachine):
         self.state.end_hold(life, put_back=None if moved else commit)
         self.let_go(era)
 
+    @precondition(lambda self: any(era.alive for era, *_ in self.detaching))
+    @rule(pick=picks, token_count=token_counts)
+    def save_beside_detach(self, pick: int, token_count: int) -> None:
+        """Into the very life that a detach holds: the writer passes it over."""
+        held = [era for era, *_ in self.detaching if era.alive]
+        self.save_at_once(SnapshotKey(held[pick % len(held)].request_id, token_count), 1)
+        self.work(1)
+
     # -- cleaners ---------------------------------------------------------------------------------------------------
 
     @rule(request_id=request_ids)

@@ -115,22 +115,35 @@ class _Work:
         self.tally = _Tally()
 
     def session(self, part: SessionPlan) -> None:
-        """Everything that goes from one session, under its lock where it can be had."""
+        """Everything that goes from one session."""
         with self._entered(part.name, part.name) as fd:
-            if fd is None or self._files.status(fd).st_ino != part.inode:
+            if fd is None:
                 self.tally.gone += len(part.snapshots)
                 return
-            lock = self._lock(fd)
-            if lock is None and not part.in_use:
-                self.tally.in_use += len(part.snapshots)
-                return
             try:
-                self._session_contents(fd, part)
-                if part.whole:
-                    self._remove_session(fd, part)
-            finally:
-                if lock is not None:
-                    lock.release()
+                self._session(fd, part)
+            except FileNotFoundError:  # its lock: somebody else removed it just now
+                self.tally.gone += len(part.snapshots)
+            except OSError as error:
+                self._note(part.name, error.strerror or str(error))
+
+    def _session(self, fd: int, part: SessionPlan) -> None:
+        if self._files.status(fd).st_ino != part.inode:
+            self.tally.gone += len(part.snapshots)
+            return
+        if part.in_use:
+            self._session_contents(fd, part)
+            return
+        lock = self._lock(fd)
+        if lock is None:
+            self.tally.in_use += len(part.snapshots)
+            return
+        try:
+            self._session_contents(fd, part)
+            if part.whole:
+                self._remove_session(fd, part)
+        finally:
+            lock.release()
 
     def unfinished(self, loose: Loose) -> None:
         """A session half made or half removed: an empty one at once (its maker tries again), others under a lock."""
@@ -148,14 +161,23 @@ class _Work:
         with self._entered(loose.name, loose.path) as fd:
             if fd is None:
                 return
-            lock = self._lock(fd)
-            if lock is None:
-                self._note(loose.path, "its owner is at work in it, or nobody can tell")
-                return
             try:
-                errors = self._remove_tree(loose.name, self._root.fd, keep_last=_paths.OWNER_LOCK)
-            finally:
-                lock.release()
+                self._remove_unfinished_tree(fd, loose)
+            except FileNotFoundError:
+                if self._files.names(fd):
+                    self._note(loose.path, "it has no lock, so nobody can tell whose it is")
+            except OSError as error:
+                self._note(loose.path, error.strerror or str(error))
+
+    def _remove_unfinished_tree(self, fd: int, loose: Loose) -> None:
+        """Under its lock; where somebody has that, it is being made or removed right now."""
+        lock = self._lock(fd)
+        if lock is None:
+            return
+        try:
+            errors = self._remove_tree(loose.name, self._root.fd, keep_last=_paths.OWNER_LOCK)
+        finally:
+            lock.release()
         self.tally.sessions += not errors
 
     def _session_contents(self, fd: int, part: SessionPlan) -> None:
@@ -296,13 +318,10 @@ class _Work:
             return
 
     def _lock(self, fd: int) -> OwnerLock | None:
-        """The session's lock; ``None`` if somebody has it, or there is none that could be had."""
-        try:
-            if not stat.S_ISREG(self._files.status_at(_paths.OWNER_LOCK, dir_fd=fd).st_mode):
-                return None
-            return OwnerLock.take(self._files, ".", create=False, dir_fd=fd)
-        except OSError:
-            return None
+        """A session's lock; ``None`` if somebody has it. ``OSError`` if there is none, or none that could be had."""
+        if not stat.S_ISREG(self._files.status_at(_paths.OWNER_LOCK, dir_fd=fd).st_mode):
+            raise OSError(errno.EINVAL, "its lock is no plain file")
+        return OwnerLock.take(self._files, ".", create=False, dir_fd=fd)
 
     @contextmanager
     def _entered(self, name: str, path: str, within: int | None = None) -> Iterator[int | None]:

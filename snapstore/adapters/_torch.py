@@ -76,6 +76,8 @@ def _plain_keys() -> frozenset[int]:
 
 _PLAIN_KEYS = _plain_keys()
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
+_cuda_keys: set[int] = set()
+"""Those of CUDA tensors that were looked at and can be saved: the keys say it of all that have them."""
 
 _memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
     ("PyMemoryView_FromMemory", ctypes.pythonapi)
@@ -96,7 +98,7 @@ _Source = tuple[torch.Tensor, int | None]
 
 
 class TorchAdapter:
-    """Tensors in host memory, and for now also on a device, from which they are copied while the caller waits."""
+    """Tensors in host memory. On MPS they are copied while the caller waits; ``_torch_cuda`` sees to those on CUDA."""
 
     framework: Framework = "torch"
     frozen_views = False
@@ -151,9 +153,12 @@ class TorchAdapter:
 
 def _lead(name: str, tensor: Any) -> int | None:
     """How to get at its bytes, as ``_Source`` says; ``UnsupportedTensorError`` if there is no way."""
-    plain = type(tensor) in _PLAIN_TYPES and _keys(tensor) in _PLAIN_KEYS
-    if not plain:
+    keys = _keys(tensor) if type(tensor) in _PLAIN_TYPES else None
+    plain = keys in _PLAIN_KEYS
+    if not plain and keys not in _cuda_keys:
         _refuse(name, tensor)
+        if keys is not None and tensor.is_cuda:
+            _cuda_keys.add(keys)
     if tensor.dtype not in _NAMES:
         advice = _ADVICE.get(tensor.dtype, "save tensor.view(torch.uint8), or another dtype")
         raise unsupported(name, f"safetensors has no dtype {tensor.dtype}; {advice}")

@@ -35,6 +35,7 @@ from snapstore._types import (
 )
 from snapstore.aio._crew import Crew, outcome_of, ring
 from snapstore.aio._stream import MiB, Stream, close_unused
+from snapstore.aio._turnstile import Turnstile
 
 THREADS = 8
 """Calls that may wait for a disk at once; further ones wait for their turn."""
@@ -49,7 +50,7 @@ _R = TypeVar("_R")
 class AsyncSnapshotStore:
     """A ``SnapshotStore`` for asyncio. Its methods are the store's, and raise what those raise.
 
-    Use it on one event loop at a time; several may share one store.
+    For one event loop; give each loop its own, over the same store.
 
     Args:
         root: directory of a store that is opened by ``async with`` (or ``open``), or an open ``SnapshotStore``.
@@ -67,6 +68,7 @@ class AsyncSnapshotStore:
         if isinstance(root, SnapshotStore) and options is not None:
             raise ValueError("the store is open and has its options; give either it, or a root with options")
         self._crew = Crew(threads)
+        self._turnstile = Turnstile()
         self._let_go = weakref.finalize(self, self._crew.release)
         self._let_go.atexit = False
         self._opened = root if isinstance(root, SnapshotStore) else None
@@ -134,9 +136,10 @@ class AsyncSnapshotStore:
     async def load(
         self, request_id: str, token_count: int, *, framework: Framework | None = None, device: Any = None
     ) -> Snapshot:
-        """``SnapshotStore.load``, on one of the threads."""
+        """``SnapshotStore.load``, on one of the threads; one at a time as long as they are quick."""
         load = self.store.load
-        return await self._run(load, request_id, token_count, framework=framework, device=device)
+        async with self._turnstile.turn():
+            return await self._run(load, request_id, token_count, framework=framework, device=device)
 
     def stream(
         self, key: SnapshotKey, chunk_bytes: int = MiB, *, start: int = 0, stop: int | None = None

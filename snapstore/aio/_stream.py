@@ -23,8 +23,8 @@ _R = TypeVar("_R")
 class Stream(AsyncIterator[bytes]):
     """The bytes of a committed file, in chunks of ``chunk_bytes`` (the last one shorter).
 
-    The file is opened by ``open``, ``async with`` or the first chunk, whichever comes first; from then on no cleanup can
-    cut it short, nor can a shutdown. It is closed at its end, by ``close``, by ``async with``, or on collection.
+    The file is opened by ``open``, ``async with`` or the first chunk, whichever comes first; from then on no cleanup
+    can cut it short, nor can a shutdown. It is closed at its end, by ``close``, by ``async with``, or on collection.
     """
 
     def __init__(

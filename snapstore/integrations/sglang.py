@@ -100,7 +100,7 @@ class SnapstoreHiCache(HiCacheStorage):  # type: ignore[misc]
             return None
         if flat is not target_location:
             target_location.copy_(flat)
-        return target_location  # type: ignore[no-any-return]
+        return target_location
 
     def set(
         self,

@@ -1,0 +1,630 @@
+"""Disks that are full, slow to sync, gone or stuck: what a store refuses, what it survives, and what it says of itself."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import assert_same, files_below, tensors
+from processes import TESTS, Processes
+from scenarios import cause_of, let_sweeper_finish, sessions_in, wait_until
+
+from snapstore import (
+    DiskQuotaError,
+    SaveFailedError,
+    SaveState,
+    SnapshotCorruptError,
+    SnapshotStore,
+    StoreClosedError,
+    StoreOptions,
+)
+from snapstore._files import FileSystem
+from snapstore.testing import FaultyFileSystem
+
+ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE]
+WRITING = ["create", "write", "status", "close", "make_directory", "rename"]
+
+
+@pytest.fixture
+def files() -> FaultyFileSystem:
+    return FaultyFileSystem()
+
+
+@pytest.fixture
+def store(root: Path, files: FaultyFileSystem):
+    store = SnapshotStore(root, file_system=files)
+    yield store
+    files.heal()
+    assert store.shutdown(cleanup=True).writer_stopped
+    assert sessions_in(root) == []
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# -- durability ---------------------------------------------------------------------------------------------------
+
+
+def operations(files: FaultyFileSystem, since: int) -> list[str]:
+    """What counts for durability, in order."""
+    telling = {"write", "sync_data", "rename", "sync_directory", "make_directory"}
+    return [call.operation for call in files.calls[since:] if call.operation in telling]
+
+
+@pytest.mark.parametrize(
+    ("durability", "first", "second"),
+    [
+        ("none", ["write", "make_directory", "rename"], ["write", "make_directory", "rename"]),
+        (
+            "data",
+            ["write", "sync_data", "make_directory", "rename"],
+            ["write", "sync_data", "make_directory", "rename"],
+        ),
+        (
+            "full",
+            ["write", "sync_data", "make_directory", "sync_directory", "rename", "sync_directory"],
+            ["write", "sync_data", "make_directory", "rename", "sync_directory"],
+        ),
+    ],
+)
+def test_durability_is_made_of_these_operations(
+    root: Path, files: FaultyFileSystem, durability: Any, first: list[str], second: list[str]
+) -> None:
+    """The second save of a request finds its directory made, and synced."""
+    store = SnapshotStore(root, StoreOptions(durability=durability), file_system=files)
+    for token_count, expected in enumerate([first, second]):
+        since = len(files.calls)
+        store.save("request", token_count, tensors(1)).result(10)
+        wait_until(lambda: store.stats().pending == 0)
+        assert operations(files, since) == expected
+    store.shutdown(cleanup=True)
+
+
+STRACE = shutil.which("strace")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(STRACE is None, reason="there is no strace here")
+@pytest.mark.parametrize(
+    ("durability", "expected"),
+    [
+        ("none", ["rename"]),
+        ("data", ["fdatasync file", "rename"]),
+        ("full", ["fdatasync file", "fsync directory", "rename", "fsync directory"]),
+    ],
+)
+def test_durability_is_made_of_these_system_calls(tmp_path: Path, durability: str, expected: list[str]) -> None:
+    """As the kernel sees it: of the save alone, between two marks."""
+    script = f"""
+import os, numpy
+from snapstore import SnapshotStore, StoreOptions
+store = SnapshotStore({str(tmp_path / "root")!r}, StoreOptions(durability={durability!r}))
+os.access("/begin", os.F_OK)
+store.save("request", 1, {{"x": numpy.arange(1000)}}).result(10)
+os.access("/end", os.F_OK)
+store.shutdown()
+"""
+    trace = tmp_path / "trace"
+    command = [str(STRACE), "-f", "-y", "-e", "trace=access,fsync,fdatasync,rename,renameat,renameat2", "-o"]
+    done = subprocess.run([*command, str(trace), sys.executable, "-c", script], capture_output=True, check=False)
+    if b"ptrace" in done.stderr:
+        pytest.skip("strace may not trace here")
+    assert done.returncode == 0, done.stderr
+    lines = trace.read_text().splitlines()
+    begin, end = (next(i for i, line in enumerate(lines) if mark in line) for mark in ('"/begin"', '"/end"'))
+    seen = []
+    for line in lines[begin + 1 : end]:
+        call = line.split("(")[0].split()[-1]
+        if call in ("fsync", "fdatasync"):
+            seen.append(f"{call} {'file' if '/.tmp/' in line else 'directory'}")
+        elif "rename" in call:
+            seen.append("rename")
+    assert seen == expected
+
+
+def test_a_session_that_is_to_last_is_synced_before_it_is_used(root: Path, files: FaultyFileSystem) -> None:
+    """Else a power cut could take the directory, and all that was synced in it."""
+    store = SnapshotStore(root, StoreOptions(durability="full"), file_system=files)
+    calls = [(call.operation, Path(call.paths[0]).name) for call in files.calls]
+    named = next(i for i, (operation, _) in enumerate(calls) if operation == "rename" and i > 10)
+    assert ("sync_data", "owner.json") in calls[:named]
+    assert ("sync_directory", root.name) in calls[named:]
+    store.shutdown(cleanup=True)
+
+
+def test_a_directory_that_could_not_be_synced_is_synced_by_the_next_save(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    store = SnapshotStore(root, StoreOptions(durability="full"), file_system=files)
+    files.fail("sync_directory", errno.EIO)
+    assert cause_of(store.save("request", 1, tensors(1))) == errno.EIO
+    since = len(files.calls)
+    store.save("request", 2, tensors(2)).result(10)
+    assert operations(files, since).count("sync_directory") == 2
+    assert len(files_below(store.session)) == 1
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_a_save_that_fails_after_its_rename_gives_the_earlier_one_its_place_back(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    """With ``full`` the directory is synced after the rename, when the earlier file had no name any more."""
+    store = SnapshotStore(root, StoreOptions(durability="full"), file_system=files)
+    store.save("request", 1, tensors(1)).result(10)
+    files.fail("sync_directory", errno.EIO, times=math.inf)
+    assert cause_of(store.save("request", 1, tensors(2))) == errno.EIO
+    assert_same(store.load("request", 1), tensors(1))
+    assert cause_of(store.save("request", 2, tensors(3))) == errno.EIO
+    with pytest.raises(SaveFailedError):
+        store.load("request", 2)
+    files.heal()
+    assert len(files_below(store.session)) == 1
+    assert store.shutdown(cleanup=True).clean
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_full_durability_works_where_there_are_no_hard_links(
+    root: Path, files: FaultyFileSystem, number: int
+) -> None:
+    store = SnapshotStore(root, StoreOptions(durability="full"), file_system=files)
+    files.fail("link", number, times=math.inf)
+    for version in range(3):
+        store.save("request", 1, tensors(version)).result(10)
+    assert_same(store.load("request", 1), tensors(2))
+    assert store.shutdown(cleanup=True).clean
+
+
+# -- limits -------------------------------------------------------------------------------------------------------
+
+
+class Disk(FileSystem):
+    """So much is free on it, as it says."""
+
+    def __init__(self, free_bytes: int) -> None:
+        self.free = free_bytes
+
+    def free_bytes(self, path: str | int) -> int:
+        return self.free
+
+
+def test_a_limit_refuses_before_the_copy_and_is_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SnapshotStore(root, StoreOptions(max_session_bytes=100 * 1024))
+    copies: list[object] = []
+    monkeypatch.setattr("snapstore._store.stage", lambda *args, **options: copies.append(args))
+    with pytest.raises(DiskQuotaError) as caught:
+        store.save("request", 1, tensors(1, 200 * 1024))
+    monkeypatch.undo()
+    assert copies == []
+    error, stats = caught.value, store.stats()
+    assert isinstance(error, OSError) and error.errno == errno.EDQUOT
+    assert (error.limit_bytes, error.used_bytes) == (100 * 1024, 0) and error.nbytes >= 199 * 1024
+    assert (stats.rejected, stats.rejected_bytes, stats.accepted, stats.pending_bytes) == (1, error.nbytes, 0, 0)
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_sizes_are_blocks_on_disk(store: SnapshotStore) -> None:
+    infos = [store.save("request", count, {"x": tensors(1)["conv"][:10]}).result(10) for count in range(5)]
+    blocks = sum(info.path.stat().st_blocks * 512 for info in infos)
+    assert store.stats().session_bytes == blocks > 5 * 4000 > sum(info.nbytes for info in infos)
+
+
+def test_what_is_forgotten_counts_until_it_is_off_the_disk(root: Path, files: FaultyFileSystem) -> None:
+    """Also while the sweeper has not come to it: a disk that hangs gives nobody room."""
+    store = SnapshotStore(root, StoreOptions(max_session_bytes=100 * 1024), file_system=files)
+    store.save("first", 1, tensors(1, 80 * 1024)).result(10)
+    with files.pause("rename", ".trash") as gate:
+        assert not store.cleanup_request("first", timeout_s=0).clean
+        gate.wait_reached()
+        assert store.stats().session_bytes == 0 and store.stats().trash_bytes >= 80 * 1024
+        with pytest.raises(DiskQuotaError):
+            store.save("second", 1, tensors(1, 80 * 1024))
+    wait_until(lambda: store.stats().trash_bytes == 0)
+    store.save("second", 1, tensors(1, 80 * 1024)).result(10)
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_the_free_space_is_what_it_is_after_each_write(root: Path) -> None:
+    """Not what it was when the store opened."""
+    disk = Disk(free_bytes=1_000_000)
+    store = SnapshotStore(root, StoreOptions(min_free_bytes=500_000), file_system=disk)
+    store.save("request", 1, tensors(1, 100_000)).result(10)
+    disk.free = 550_000
+    store.save("request", 2, tensors(1, 40_000)).result(10)
+    with pytest.raises(DiskQuotaError, match="min_free_bytes") as caught:
+        store.save("request", 3, tensors(1, 100_000))
+    assert caught.value.errno == errno.ENOSPC
+    assert (caught.value.limit_bytes, caught.value.used_bytes) == (500_000, 550_000)
+    assert store.health().free_bytes == 550_000
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_room_comes_back_when_somebody_else_makes_it(root: Path, eventually: Callable[..., None]) -> None:
+    """A refusal has the space looked at again."""
+    disk = Disk(free_bytes=1000)
+    store = SnapshotStore(root, StoreOptions(min_free_bytes=500_000), file_system=disk)
+    with pytest.raises(DiskQuotaError):
+        store.save("request", 1, tensors(1))
+    disk.free = 10_000_000
+
+    def is_taken() -> bool:
+        try:
+            return store.save("request", 1, tensors(1)).result(10) is not None
+        except DiskQuotaError:
+            return False
+
+    eventually(is_taken)
+    assert store.shutdown(cleanup=True).clean
+
+
+# -- errors of the disk -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("operation", WRITING)
+def test_a_save_that_the_disk_refuses_fails_with_its_cause_and_nothing_else_does(
+    store: SnapshotStore,
+    files: FaultyFileSystem,
+    caplog: pytest.LogCaptureFixture,
+    operation: str,
+    number: int,
+) -> None:
+    caplog.set_level(logging.INFO, "snapstore")
+    store.save("request", 1, tensors(1)).result(10)
+    when: Any = "after" if operation == "close" else "before"
+    files.fail(operation, number, times=4, when=when)
+    tickets = [store.save("request", token_count, tensors(9)) for token_count in (1, 2, 3, 4)]
+    assert [cause_of(ticket) for ticket in tickets] == [number] * 4
+    assert store.health().status == "degraded" and os.strerror(number) in store.health().reasons[0]
+    assert len(warnings_in(caplog)) == 1, "at the change, not one a job"
+    assert_same(store.load("request", 1), tensors(1))
+    with pytest.raises(SaveFailedError) as caught:
+        store.load("request", 2)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert len(files_below(store.session)) == 1, "no temporary file is left"
+    store.save("request", 1, tensors(2)).result(10)
+    wait_until(lambda: "writes work again after 4 failed saves" in caplog.text)
+    assert store.health().status == "ok"
+    assert_same(store.load("request", 1), tensors(2))
+    assert len(warnings_in(caplog)) == 1
+    files.fail(operation, number, when=when)
+    assert cause_of(store.save("request", 1, tensors(3))) == number
+    assert len(warnings_in(caplog)) == 2, "the next change"
+
+
+def test_a_disk_that_refuses_everything_for_a_while_leaves_nothing_behind(
+    store: SnapshotStore, files: FaultyFileSystem, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Temporary files that would not go are removed when writes work again."""
+    store.save("request", 1, tensors(1)).result(10)
+    for operation in ("rename", "unlink"):
+        files.fail(operation, errno.EROFS, ".tmp", times=math.inf)
+    for token_count in range(2, 5):
+        assert cause_of(store.save("request", token_count, tensors(1))) == errno.EROFS
+    assert len([name for name in files_below(store.session) if name.startswith(".tmp")]) == 3
+    assert len(warnings_in(caplog)) == 1
+    files.heal()
+    store.save("request", 2, tensors(2)).result(10)
+    wait_until(lambda: len(files_below(store.session)) == 2)
+
+
+def test_removals_that_fail_warn_once_and_are_well_again_when_they_work(
+    store: SnapshotStore, files: FaultyFileSystem, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(4):
+        store.save(f"request-{number}", 1, tensors(1)).result(10)
+    files.fail("unlink", errno.EIO, ".trash", times=math.inf)
+    for number in range(4):
+        assert store.cleanup_request(f"request-{number}").clean, "its files are out of the way"
+    let_sweeper_finish(store)
+    assert len(warnings_in(caplog)) == 1
+    assert store.health().status == "degraded"
+    store.save("other", 1, tensors(1)).result(10)
+    assert store.health().status == "degraded", "a write that works does not free the trash"
+    files.heal()
+    let_sweeper_finish(store)
+    assert store.health().status == "ok" and store.stats().trash_bytes == 0
+
+
+# -- directories that vanish --------------------------------------------------------------------------------------
+
+
+def vanish(store: SnapshotStore, what: str) -> None:
+    path = {
+        "temporary files": store.session / ".tmp",
+        "generation": next(store.session.glob("*.g*")),
+        "session": store.session,
+        "sessions": store.session,
+    }[what]
+    shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("what", ["temporary files", "generation", "session"])
+def test_a_store_whose_directories_vanished_recovers(
+    store: SnapshotStore, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    store.save("request", 1, tensors(1)).result(10)
+    vanish(store, what)
+    causes = [cause_of(store.save("other", token_count, tensors(2))) for token_count in range(3)]
+    assert causes == [None if what == "generation" else errno.ENOENT, None, None]
+    assert store.health().status == "ok"
+    assert len(warnings_in(caplog)) == causes.count(errno.ENOENT)
+    assert_same(store.load("other", 2), tensors(2))
+    if what == "temporary files":
+        assert_same(store.load("request", 1), tensors(1))
+    else:
+        with pytest.raises(SnapshotCorruptError, match="not by this store"):
+            store.load("request", 1)
+    store.save("request", 1, tensors(3)).result(10)
+    assert_same(store.load("request", 1), tensors(3))
+    assert store.cleanup_all().clean
+
+
+def test_a_session_that_was_made_again_is_owned_again(store: SnapshotStore, root: Path) -> None:
+    vanish(store, "sessions")
+    assert cause_of(store.save("request", 1, tensors(1))) == errno.ENOENT
+    store.save("request", 2, tensors(2)).result(10)
+    other = SnapshotStore(root)
+    let_sweeper_finish(other)
+    assert_same(store.load("request", 2), tensors(2))
+    assert other.shutdown(cleanup=True).clean
+
+
+def test_a_root_that_lost_its_marker_is_not_filled_again(store: SnapshotStore, root: Path) -> None:
+    """What is there now may be the empty place that a disk was mounted on. It is back when its root is."""
+    aside = root.with_name("aside")
+    root.rename(aside)
+    root.mkdir()
+    for token_count in range(3):
+        assert cause_of(store.save("request", token_count, tensors(1))) == errno.ENOENT
+    assert list(root.iterdir()) == [] and store.health().status == "degraded"
+    root.rmdir()
+    assert cause_of(store.save("request", 4, tensors(1))) == errno.ENOENT
+    assert not root.exists()
+    aside.rename(root)
+    store.save("request", 5, tensors(5)).result(10)
+    assert store.health().status == "ok"
+    assert_same(store.load("request", 5), tensors(5))
+
+
+def test_a_store_whose_session_is_gone_shuts_down(root: Path) -> None:
+    for cleanup in (False, True):
+        store = SnapshotStore(root)
+        store.save("request", 1, tensors(1)).result(10)
+        shutil.rmtree(store.session)
+        report = store.shutdown(cleanup=cleanup)
+        assert report.clean and report.session_removed, report
+    assert sessions_in(root) == []
+
+
+# -- real full disks ----------------------------------------------------------------------------------------------
+
+GOOD = {
+    "kept": True,
+    "temporaries": [],
+    "health": ["degraded", "ok"],
+    "warnings": 1,
+    "after": 1,
+    "warnings since": 0,
+    "clean": True,
+    "left": [],
+}
+
+
+def on_a_small_disk(tmp_path: Path, function: str) -> dict[str, Any]:
+    """In a mount namespace of its own, so that nothing stays mounted, whatever happens."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = f"import sys; sys.path[:0] = [{str(TESTS)!r}]; import scenarios; scenarios.{function}({str(disk)!r})"
+    mount = f"mount -t tmpfs -o size=512k tmpfs {disk} || exit 77"
+    done = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", f'{mount}; exec "$0" -c "$1"', sys.executable, script],
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode == 77 or b"unshare:" in done.stderr:
+        pytest.skip("no small disk can be mounted here: " + done.stderr.decode().strip())
+    assert done.returncode == 0, done.stderr.decode()
+    seen: dict[str, Any] = json.loads(done.stdout)
+    return seen
+
+
+def test_a_disk_that_fills_up_and_has_room_again(tmp_path: Path) -> None:
+    seen = on_a_small_disk(tmp_path, "fills_a_small_disk")
+    assert set(seen.pop("errors")) == {errno.ENOSPC}
+    assert seen == GOOD
+
+
+def test_a_disk_that_stays_full(tmp_path: Path) -> None:
+    seen = on_a_small_disk(tmp_path, "stays_full")
+    assert seen["errors"] == [errno.ENOSPC] and 0 < seen["failed"] < 64
+    assert seen["all settled"] and seen["stopped"]
+    assert seen["reopened"] in ("opened", "ENOSPC") and seen["adopted"] is not False
+
+
+def test_a_limit_on_the_size_of_files(processes: Processes, root: Path) -> None:
+    seen = json.loads(processes.start("writes_within_a_limit", root=str(root)).says())
+    assert set(seen.pop("errors")) == {errno.EFBIG}
+    assert seen == GOOD
+
+
+def test_a_process_that_runs_out_of_descriptors(processes: Processes, root: Path) -> None:
+    seen = json.loads(processes.start("runs_out_of_descriptors", root=str(root)).says())
+    assert set(seen.pop("errors")) == {errno.EMFILE}
+    assert seen == GOOD
+
+
+# -- health -------------------------------------------------------------------------------------------------------
+
+LONGEST_S = 0.005
+
+
+def slowest_health_s(store: SnapshotStore, calls: int = 200) -> float:
+    """The median call of the slowest tenth: one call may lose its processor to another process."""
+    taken = []
+    for _ in range(calls):
+        started_s = time.perf_counter()
+        store.health()
+        taken.append(time.perf_counter() - started_s)
+    return sorted(taken)[-calls // 20]
+
+
+@pytest.mark.parametrize("operation", ["create", "write", "close", "make_directory", "rename", "free_bytes"])
+def test_health_answers_at_once_and_says_what_is_stuck_in_a_write(
+    root: Path, files: FaultyFileSystem, operation: str
+) -> None:
+    store = SnapshotStore(root, StoreOptions(stuck_after_s=0.1), file_system=files)
+    with files.pause(operation) as gate:
+        store.save("request", 1, tensors(1))
+        gate.wait_reached()
+        assert store.health().status == "ok"
+        assert slowest_health_s(store) < LONGEST_S
+        wait_until(lambda: store.health().status == "stuck")
+        health = store.health()
+        assert 0.1 < health.writing_s <= health.oldest_pending_s < 5
+        assert "write has taken" in health.reasons[0]
+        assert slowest_health_s(store) < LONGEST_S
+    assert store.flush(10)
+    assert store.health().status == "ok"
+    assert store.shutdown(cleanup=True).clean
+
+
+@pytest.mark.parametrize("operation", ["rename", "unlink", "remove_directory"])
+def test_health_says_when_a_removal_is_stuck(root: Path, files: FaultyFileSystem, operation: str) -> None:
+    store = SnapshotStore(root, StoreOptions(stuck_after_s=0.1), file_system=files)
+    store.save("request", 1, tensors(1)).result(10)
+    with files.pause(operation, ".trash") as gate:
+        store.cleanup_request("request", timeout_s=0)
+        gate.wait_reached()
+        assert slowest_health_s(store) < LONGEST_S
+        wait_until(lambda: store.health().status == "stuck")
+        assert "removal has taken" in store.health().reasons[0]
+        store.save("request", 2, tensors(1)).result(10)
+    wait_until(lambda: store.health().status == "ok")
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_health_answers_at_once_while_sixteen_threads_save(root: Path) -> None:
+    store = SnapshotStore(root)
+    over = threading.Event()
+
+    def hammer(number: int) -> None:
+        while not over.is_set():
+            store.save(f"request-{number}", 1, tensors(1, 64)).result(10)
+
+    with ThreadPoolExecutor(16) as pool:
+        saving = [pool.submit(hammer, number) for number in range(16)]
+        blocked = store._state._lock
+        with blocked:
+            assert slowest_health_s(store) < LONGEST_S, "it takes no lock"
+        over.set()
+        for each in saving:
+            each.result(10)
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_health_tells_free_space_ages_and_the_end(root: Path, files: FaultyFileSystem) -> None:
+    store = SnapshotStore(root, file_system=files)
+    health = store.health()
+    assert (health.status, health.reasons, health.writing_s, health.oldest_pending_s) == ("ok", (), 0.0, 0.0)
+    assert health.free_bytes is not None and health.free_bytes > 0
+    with files.pause("create", ".tmp") as gate:
+        store.save("request", 1, tensors(1))
+        gate.wait_reached()
+        store.save("request", 2, tensors(1))
+        wait_until(lambda: store.health().oldest_pending_s > 0.01)
+    store.shutdown(cleanup=True)
+    assert store.health().status == "dead" and "shut down" in store.health().reasons[-1]
+
+
+# -- threads that die ---------------------------------------------------------------------------------------------
+
+
+def die() -> None:
+    raise SystemExit("a bug")
+
+
+def test_a_writer_that_dies_is_started_once_more_with_its_queue(
+    root: Path, files: FaultyFileSystem, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = SnapshotStore(root, file_system=files)
+    gate = files.pause("create", ".tmp")
+    files.call("create", die, ".tmp")
+    victim = store.save("request", 1, tensors(1))
+    gate.wait_reached()
+    queued = [store.save("request", count, tensors(count)) for count in (2, 3, 4)]
+    gate.open()
+    assert isinstance(victim.exception(10), SaveFailedError)
+    assert isinstance(victim.exception(0).__cause__, SystemExit)  # type: ignore[union-attr]
+    for count, ticket in enumerate(queued, start=2):
+        ticket.result(10)
+        assert_same(store.load("request", count), tensors(count))
+    assert store.stats().writer_restarts == store.health().writer_restarts == 1
+    assert "writer thread died of SystemExit: a bug; it is started again" in caplog.text
+    assert store.health().status == "ok"
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_a_writer_that_dies_twice_is_dead_and_says_so(root: Path, files: FaultyFileSystem) -> None:
+    store = SnapshotStore(root, file_system=files)
+    store.save("kept", 1, tensors(1)).result(10)
+    gate = files.pause("create", ".tmp", skip=1)
+    files.call("create", die, ".tmp", times=math.inf)
+    tickets = [store.save("request", count, tensors(count)) for count in range(4)]
+    gate.open()
+    for ticket in tickets:
+        assert isinstance(ticket.exception(10), SaveFailedError)
+    wait_until(lambda: store.health().status == "dead")
+    assert any("SystemExit: a bug" in reason for reason in store.health().reasons)
+    with pytest.raises(StoreClosedError, match="writer thread died"):
+        store.save("late", 1, tensors(1))
+    assert_same(store.load("kept", 1), tensors(1))
+    assert store.stats().pending == 0 and store.stats().pending_bytes == 0
+    report = store.shutdown(cleanup=True)
+    assert report.writer_stopped and report.session_removed
+    assert any("writer thread died of SystemExit" in error for error in report.errors)
+    assert sessions_in(root) == []
+
+
+def test_a_sweeper_that_dies_is_started_once_more_and_the_session_keeps_its_owner(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    store = SnapshotStore(root, file_system=files)
+    for number in range(4):
+        store.save(f"request-{number}", 1, tensors(1)).result(10)
+    files.call("rename", die, ".trash")
+    assert store.cleanup_request("request-0", timeout_s=10).clean, "what it had in hand is done after its restart"
+    files.call("rename", die, ".trash")
+    assert not store.cleanup_request("request-1", timeout_s=10).clean
+    other = SnapshotStore(root)
+    let_sweeper_finish(other)
+    assert_same(store.load("request-2", 1), tensors(1))
+    other.shutdown(cleanup=True)
+    assert store.health().status == "degraded"
+    report = store.shutdown(cleanup=True, timeout_s=1)
+    assert any("sweeper thread died" in error for error in report.errors) and not report.session_removed
+    store = SnapshotStore(root)
+    wait_until(lambda: sessions_in(root) == [store.session])
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_tickets_of_a_dead_writer_are_settled_as_failed(root: Path, files: FaultyFileSystem) -> None:
+    store = SnapshotStore(root, file_system=files)
+    files.call("create", die, ".tmp", times=math.inf)
+    tickets = [store.save("request", count, tensors(count)) for count in range(8)]
+    assert all(ticket.exception(10) is not None for ticket in tickets)
+    assert {ticket.state for ticket in tickets} == {SaveState.FAILED}
+    store.shutdown(cleanup=True)
