@@ -14,13 +14,17 @@ ready := $(VENV)/.ready-$(key)
 bench_ready := $(VENV)/.ready-bench-$(key)
 
 .DELETE_ON_ERROR:
-.PHONY: help test check format-check lint types layers format demo bench bench-quick clean
+.PHONY: help test engines check format-check lint types layers format demo bench bench-quick clean
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 test: $(ready) ## The tests; ARGS="-k save" goes to pytest, WORKERS=2 runs two at a time
 	@$(bin)/python -m pytest $(if $(WORKERS),-n $(WORKERS)) $(ARGS)
+
+engines: $(ready) ## Contract tests inside SGLang's and vLLM's own files; fetches their wheels once (400 MB)
+	@mkdir -p $(VENV)/engines
+	@SNAPSTORE_ENGINES='$(CURDIR)/$(VENV)/engines' $(bin)/python -m pytest -m engines tests/engines $(ARGS)
 
 check: format-check lint types layers ## Formatting, lint, types, layers
 

@@ -892,4 +892,5 @@ def _over_quota(
         key=key,
     )
     error.nbytes, error.limit_bytes, error.used_bytes = nbytes, limit, used
+    error.errno = errno.EDQUOT if word == "used" else errno.ENOSPC
     return error

@@ -5,13 +5,17 @@ The functions that take a ``Talk`` run in a child process (see ``processes``); t
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import errno
 import gc
+import hashlib
 import itertools
 import json
 import logging
 import os
 import resource
+import signal
 import sys
 import threading
 import time
@@ -35,8 +39,10 @@ from snapstore import (
     SnapshotNotFoundError,
     SnapshotStore,
     SnapstoreError,
+    StoreClosedError,
     StoreOptions,
 )
+from snapstore.signals import install_sigterm_handler
 from snapstore.testing import FaultyFileSystem
 
 Key = tuple[str, int]
@@ -180,7 +186,12 @@ def _all_of(*versions: int | None) -> dict[Key, set[int | None]]:
     return {key: set(versions) for key in BEFORE}
 
 
-_SAVED: dict[Key, set[int | None]] = {**_all_of(0), ("a", 1): {0, 1}, ("a", 3): {None, 1}, ("c", 1): {None, 1}}
+_SAVED: dict[Key, set[int | None]] = {
+    **_all_of(0),
+    ("a", 1): {0, 1},
+    ("a", 3): {None, 1},
+    ("c", 1): {None, 1},
+}
 
 ACTIONS = {
     "save": Action(save_and_replace, _SAVED),
@@ -286,7 +297,9 @@ def starts_with_others(talk: Talk, root: str, name: str) -> None:
         save(store, (name, token_count), 0).result(PATIENCE_S)
     let_sweeper_finish(store)
     found = [version_of(store, (name, token_count)) for token_count in range(3)]
-    renamed = [call.paths[0] for call in files.calls if call.operation == "rename" and ".dead-" in call.paths[1]]
+    renamed = [
+        call.paths[0] for call in files.calls if call.operation == "rename" and ".dead-" in call.paths[1]
+    ]
     talk.say("worked", json.dumps({"found": found, "reclaimed": [Path(path).name for path in renamed]}))
     talk.hear()
     report = store.shutdown(cleanup=True)
@@ -461,19 +474,24 @@ def cause_of(ticket: SaveTicket) -> int | None:
     return error.__cause__.errno if error is not None and isinstance(error.__cause__, OSError) else None
 
 
-def fills_a_disk(root: Path, fill: Callable[[SnapshotStore], None], make_room: Callable[[SnapshotStore], None]) -> dict[str, Any]:
+def fills_a_disk(
+    root: Path, fill: Callable[[SnapshotStore], None], make_room: Callable[[SnapshotStore], None]
+) -> dict[str, Any]:
     """A store on a disk that fills up under it, before and after there is room again; what there was to see."""
     heard, seen = Heard(), {}
     store = SnapshotStore(root)
     kept = save(store, ("kept", 1), 0).result(PATIENCE_S)
     fill(store)
     big = {"big": tensors(1, 512 * 1024)["conv"]}
-    seen["errors"] = [cause_of(store.save("kept", 1, big)), *(cause_of(store.save("new", n, big)) for n in range(5))]
-    seen["kept"] = version_of(store, ("kept", 1)) == 0 and kept.path.exists()
-    seen["temporaries"] = [path.name for path in Path(store.session, ".tmp").iterdir()]
+    seen["errors"] = [
+        cause_of(store.save("kept", 1, big)),
+        *(cause_of(store.save("new", n, big)) for n in range(5)),
+    ]
     seen["health"] = [store.health().status]
     seen["warnings"] = len(heard.lines)
     make_room(store)
+    seen["kept"] = version_of(store, ("kept", 1)) == 0 and kept.path.exists()
+    seen["temporaries"] = [path.name for path in Path(store.session, ".tmp").iterdir()]
     save(store, ("after", 1), 1).result(PATIENCE_S)
     seen["after"] = version_of(store, ("after", 1))
     seen["health"].append(store.health().status)
@@ -507,7 +525,11 @@ def stays_full(disk: str) -> None:
         reopened = "opened"
     except RootError as error:
         reopened = errno.errorcode[error.errno or 0]
-    with SnapshotStore(Path(disk) / "root", StoreOptions(leftovers="adopt")) if reopened == "opened" else nullcontext() as again:
+    with (
+        SnapshotStore(Path(disk) / "root", StoreOptions(leftovers="adopt"))
+        if reopened == "opened"
+        else nullcontext() as again
+    ):
         adopted = again.stats().live_snapshots if again is not None else None
     said = {
         "errors": sorted(filter(None, errors)),
@@ -548,3 +570,157 @@ def runs_out_of_descriptors(talk: Talk, root: str) -> None:
             os.close(fd)
 
     talk.say(json.dumps(fills_a_disk(Path(root), fill, make_room)))
+
+
+# -- SIGTERM ----------------------------------------------------------------------------------------------------------
+
+
+def _in_c_for_long() -> None:
+    """In C, without the interpreter's lock, and no signal interrupts it: ten seconds of it, or more."""
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", 20_000_000)
+
+
+def _store_that_is(situation: str, root: str, talk: Talk, tickets: int = 8) -> SnapshotStore:
+    files = FaultyFileSystem()
+    options = StoreOptions(max_pending_jobs=4, save_timeout_s=PATIENCE_S)
+    store = SnapshotStore(root, options if situation == "full queue" else None, file_system=files)
+    if situation in ("writing", "full queue"):
+        files.delay("write", 0.03, ".tmp")
+        for number in range(tickets if situation == "writing" else 4):
+            save(store, ("a", number), number)
+    if situation == "full queue":
+        threading.Thread(target=_save_until_refused, args=(store, talk), daemon=True).start()
+    if situation == "pinned writer":
+        gate = files.pause("write", ".tmp")
+        save(store, ("a", 0), 0)
+        gate.wait_reached()
+        save(store, ("a", 1), 1)
+    return store
+
+
+def _save_until_refused(store: SnapshotStore, talk: Talk) -> None:
+    try:
+        for number in itertools.count(4):
+            save(store, ("a", number), number)
+    except StoreClosedError:
+        talk.say("refused")
+        _NEVER.wait()
+
+
+def is_terminated(
+    talk: Talk,
+    root: str,
+    situation: str,
+    grace_s: float = 5.0,
+    cleanup: bool = True,
+    before: str = "default",
+) -> None:
+    """Waits for SIGTERM in one of several situations, with a handler on top of one of several."""
+    heard = Heard()
+    atexit.register(lambda: talk.say("left by itself", len(heard.lines)))
+
+    def ends_with_seven(signum: int, frame: object) -> None:
+        talk.say("chained", threading.current_thread() is threading.main_thread(), store.health().status)
+        sys.exit(7)
+
+    def goes_on(signum: int, frame: object) -> None:
+        talk.say("chained", threading.current_thread() is threading.main_thread(), store.health().status)
+
+    handlers = {
+        "default": signal.SIG_DFL,
+        "ignored": signal.SIG_IGN,
+        "exits": ends_with_seven,
+        "returns": goes_on,
+    }
+    signal.signal(signal.SIGTERM, handlers[before])
+    store = _store_that_is(situation, root, talk)
+    install_sigterm_handler(store, grace_s=grace_s, cleanup=cleanup)
+    if situation == "inside asyncio":
+        asyncio.run(_waits_in_asyncio(talk, store))
+    talk.say("ready", store.session.name)
+    if situation == "main thread in C":
+        _in_c_for_long()
+    while True:
+        time.sleep(PATIENCE_S)
+
+
+async def _waits_in_asyncio(talk: Talk, store: SnapshotStore) -> None:
+    await save(store, ("a", 0), 0)
+    talk.say("ready", store.session.name)
+    await asyncio.sleep(PATIENCE_S)
+
+
+def is_terminated_in_a_loop_with_handlers(talk: Talk, root: str, when: str) -> None:
+    """The event loop has handlers of its own, installed before this package's or after: both work."""
+
+    async def main() -> None:
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_signal_handler(signal.SIGUSR1, lambda: talk.say("usr1"))
+        store = _store_that_is("idle", root, talk)
+        if when == "before":
+            loop.add_signal_handler(
+                signal.SIGTERM, lambda: (talk.say("term", store.health().status), over.set())
+            )
+        handler = install_sigterm_handler(store, grace_s=5)
+        if when == "after":
+            loop.add_signal_handler(signal.SIGUSR2, lambda: talk.say("usr2"))
+        talk.say("ready")
+        await asyncio.wait_for(over.wait(), PATIENCE_S)
+        handler.uninstall()
+        talk.say("wakeup descriptor is the loop's again", signal.set_wakeup_fd(-1) != -1)
+
+    asyncio.run(main())
+    sys.exit(5)
+
+
+def forks_with_a_handler(talk: Talk, root: str) -> None:
+    """The child has neither the handler nor the pipe."""
+    store = SnapshotStore(root)
+    install_sigterm_handler(store, grace_s=5)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writer, b"up")
+        _NEVER.wait()
+    os.read(reader, 2)
+    os.kill(pid, signal.SIGTERM)
+    talk.say("child", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    time.sleep(0.1)
+    talk.say("store", store.health().status, bool(save(store, ("a", 1), 0).result(PATIENCE_S)))
+    talk.say("ready")
+    time.sleep(PATIENCE_S)
+
+
+# -- the end of an interpreter ----------------------------------------------------------------------------------------
+
+_kept: list[object] = []
+
+
+def ends(talk: Talk, root: str, how: str, situation: str) -> None:
+    """Leaves a store open, in one of several situations, and ends as told when told."""
+    store = _store_that_is(situation, root, talk)
+    _kept.append(store)
+    if situation == "saves just accepted":
+        for number in range(20):
+            save(store, ("a", number), number)
+    if situation == "others save":
+        for number in range(4):
+            threading.Thread(target=_saves_for_ever, args=(store, number), daemon=True).start()
+    if situation == "shutdown under way":
+        threading.Thread(target=store.shutdown, kwargs={"cleanup": True}, daemon=True).start()
+    if situation == "a handler of ours shuts down":
+        save(store, ("a", 0), 0)
+        atexit.register(lambda: talk.say("report", store.shutdown(cleanup=True).clean))
+    talk.say("ready")
+    talk.hear()
+    if how == "sys.exit":
+        sys.exit(3)
+    if how == "exception":
+        raise ValueError("on purpose")
+    if how == "os._exit":
+        os._exit(4)
+
+
+def _saves_for_ever(store: SnapshotStore, number: int) -> None:
+    for count in itertools.count():
+        save(store, (f"thread-{number}", count % 4), count)

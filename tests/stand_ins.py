@@ -19,23 +19,27 @@ FORGET = ("sglang", "vllm", "snapstore.integrations.sglang", "snapstore.integrat
 
 
 @contextmanager
-def modules(**stood_in: types.ModuleType) -> Iterator[None]:
-    """No engine but these modules, and nothing that has seen another one, within the block."""
+def modules(kept: dict[str, types.ModuleType] | None = None, **stood_in: types.ModuleType) -> Iterator[None]:
+    """No engine but these modules, and nothing that has seen another one, within the block.
 
-    def concerned() -> dict[str, types.ModuleType]:
-        roots = tuple(f"{name}." for name in FORGET)
-        return {name: each for name, each in sys.modules.items() if name in FORGET or name.startswith(roots)}
-
-    before = concerned()
-    for name in before:
-        del sys.modules[name]
+    What was imported meanwhile is in ``kept`` afterwards, to be given again: some of an engine loads only once.
+    """
+    before = _take_out()
+    sys.modules.update(kept or {})
     sys.modules.update({name.replace("__", "."): each for name, each in stood_in.items()})
     try:
         yield
     finally:
-        for name in concerned():
-            del sys.modules[name]
+        loaded = _take_out()
+        if kept is not None:
+            kept.update(loaded)
         sys.modules.update(before)
+
+
+def _take_out() -> dict[str, types.ModuleType]:
+    roots = tuple(f"{name}." for name in FORGET)
+    names = [name for name in sys.modules if name in FORGET or name.startswith(roots)]
+    return {name: sys.modules.pop(name) for name in names}
 
 
 def module(name: str, **content: Any) -> types.ModuleType:
@@ -154,3 +158,147 @@ def sglang() -> dict[str, types.ModuleType]:
         "sglang__srt__mem_cache__hicache_storage": storage,
         "sglang__srt__observability__metrics_collector": module("metrics", StorageMetrics=StorageMetrics),
     }
+
+
+# --- vLLM ---
+
+
+class LookupResult(enum.Enum):
+    MISS = enum.auto()
+    HIT = enum.auto()
+    HIT_PENDING = enum.auto()
+    RETRY = enum.auto()
+
+
+class Medium(str, enum.Enum):
+    CPU = "CPU"
+    STORAGE = "STORAGE"
+
+
+class Locality(str, enum.Enum):
+    LOCAL = "LOCAL"
+    REMOTE = "REMOTE"
+
+
+@dataclass(frozen=True)
+class MetricMetadata:
+    documentation: str
+    labelnames: tuple[str, ...] = ()
+
+
+@dataclass
+class RequestOffloadingContext:
+    policy: str = "chunk_level"
+
+
+@dataclass
+class TransferJob:
+    job_id: int
+    keys: Any
+    chunk_ids: Any
+    is_promotion: bool
+    req_context: Any
+
+
+@dataclass
+class JobResult:
+    job_id: int
+    success: bool
+    successful_keys: Any = None
+    transfer_time: float | None = None
+    transfer_bytes: int | None = None
+
+
+@dataclass
+class OffloadingConnectorStats:
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def set_gauge(self, name: str, value: float, labels: tuple[str, ...]) -> None:
+        self.values[name] = (labels, value)
+
+    increase_counter = set_gauge
+
+
+@dataclass
+class FileMapper:
+    base_path: str
+    rank: int = 0
+
+    @classmethod
+    def from_offloading_spec(
+        cls, root_dir: str, offloading_spec: Any, blocks_per_file: int, parallel_agnostic: bool
+    ) -> FileMapper:
+        assert blocks_per_file == offloading_spec.blocks_per_chunk and parallel_agnostic
+        return cls(f"{root_dir}/{offloading_spec.config.model.name.replace('/', '_')}_{blocks_per_file}")
+
+
+class SecondaryTierManager(abc.ABC):
+    medium: Any = None
+
+    def __init__(
+        self,
+        offloading_spec: Any,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        backpressure_detector: Any = None,
+    ) -> None:
+        self._primary_kv_view = primary_kv_view
+        self.block_size_bytes = (primary_kv_view.strides or (0,))[0]
+        self.tier_type = tier_type
+        self.locality: Any = None
+
+    @abc.abstractmethod
+    def lookup(self, key: Any, req_context: Any) -> Any: ...
+
+    @abc.abstractmethod
+    def submit_store(self, job_metadata: Any) -> None: ...
+
+    @abc.abstractmethod
+    def submit_load(self, job_metadata: Any) -> None: ...
+
+    @abc.abstractmethod
+    def get_finished_jobs(self) -> Any: ...
+
+    @abc.abstractmethod
+    def on_new_request(self, req_context: Any) -> Any: ...
+
+    @abc.abstractmethod
+    def drain_jobs(self) -> None: ...
+
+    def on_schedule_end(self, context: Any) -> None:
+        return None
+
+
+def vllm() -> dict[str, types.ModuleType]:
+    """For ``modules(**vllm())``."""
+    base = module(
+        "vllm.v1.kv_offload.base",
+        Locality=Locality,
+        LookupResult=LookupResult,
+        Medium=Medium,
+        OffloadKey=bytes,
+        OffloadingCounterMetadata=MetricMetadata,
+        OffloadingGaugeMetadata=MetricMetadata,
+        ReqContext=object,
+        RequestOffloadingContext=RequestOffloadingContext,
+    )
+    tiering = module(
+        "vllm.v1.kv_offload.tiering.base",
+        TIER_LABEL="tier",
+        JobResult=JobResult,
+        SecondaryTierManager=SecondaryTierManager,
+        TransferJob=TransferJob,
+    )
+    connector = "vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics"
+    made = {
+        "vllm.v1.kv_offload.base": base,
+        "vllm.v1.kv_offload.file_mapper": module("file_mapper", FileMapper=FileMapper),
+        "vllm.v1.kv_offload.tiering.base": tiering,
+        connector: module("metrics", OffloadingConnectorStats=OffloadingConnectorStats),
+    }
+    for name in list(made):
+        parts = name.split(".")
+        for count in range(1, len(parts)):
+            parent = ".".join(parts[:count])
+            made.setdefault(parent, module(parent))
+    return {name.replace(".", "__"): each for name, each in made.items()}

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import gc
 import math
-import os
 import threading
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
@@ -30,6 +29,7 @@ from snapstore import (
     StoreOptions,
 )
 from snapstore.aio import THREADS, AsyncSnapshotStore
+from snapstore.aio._turnstile import Turnstile
 from snapstore.testing import FakeDevice, FaultyFileSystem
 
 PATIENCE_S = 10.0
@@ -73,7 +73,7 @@ async def reached(gate: Any) -> None:
 
 
 def descriptors() -> int:
-    return len(os.listdir("/dev/fd"))
+    return len(list(Path("/dev/fd").iterdir()))
 
 
 # --- the verbs ---
@@ -273,6 +273,46 @@ def test_calls_that_hang_cost_no_more_threads_than_the_bound_and_starve_nobody(
     run(main)
 
 
+def test_one_load_at_a_time_and_no_turn_is_lost_with_a_cancelled_one() -> None:
+    async def main() -> None:
+        gate, inside = Turnstile(), [0, 0]
+
+        async def load() -> None:
+            async with gate.turn():
+                inside[0] += 1
+                inside[1] = max(inside)
+                await asyncio.sleep(0)
+                inside[0] -= 1
+
+        async with gate.turn():
+            waiting = [asyncio.create_task(load()) for _ in range(10)]
+            await asyncio.sleep(0)
+            waiting[3].cancel()
+        waiting[0].cancel()  # its turn has come, and it does not know it yet
+        await asyncio.wait(waiting)
+        assert [task.cancelled() for task in waiting] == [number in (0, 3) for number in range(10)]
+        assert inside == [0, 1]
+
+    run(main)
+
+
+def test_a_load_that_takes_long_does_not_hold_up_the_next() -> None:
+    async def main() -> None:
+        gate, ended = Turnstile(), asyncio.Event()
+
+        async def load() -> None:
+            async with gate.turn():
+                await ended.wait()
+
+        hung = [asyncio.create_task(load()) for _ in range(3)]
+        async with gate.turn():
+            assert not any(task.done() for task in hung)
+            ended.set()
+        await asyncio.wait(hung)
+
+    run(main)
+
+
 def test_the_threads_end_with_the_store_and_with_one_that_is_dropped(root: Path, eventually: Any) -> None:
     def named() -> list[str]:
         return [each.name for each in threading.enumerate() if each.name.startswith("snapstore-aio")]
@@ -447,7 +487,7 @@ def observed(work: Coroutine[Any, Any, Any], on_await: Callable[[int], None]) ->
         try:
             sent = yield awaited
             step = lambda sent=sent: work.send(sent)  # noqa: E731
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - handed on, whatever it is
             step = lambda error=error: work.throw(error)  # noqa: E731
     raise AssertionError("it never ends")
 
@@ -475,7 +515,7 @@ async def _read(store: AsyncSnapshotStore, request_id: str) -> bytes:
         return b"".join([chunk async for chunk in stream])
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(
     verb=st.sampled_from(sorted(VERBS)),
     point=st.integers(0, 12),
@@ -512,7 +552,7 @@ def test_cancellation_at_any_await_of_any_verb_leaves_the_invariants_true(
 
 
 async def _cancelled(work: Coroutine[Any, Any, Any], point: int) -> None:
-    """Run it as a task that is cancelled when it waits for the ``point``-th time; what it raises else is its own affair."""
+    """Run it as a task that is cancelled when it waits for the ``point``-th time; what else it raises is its own."""
 
     def on_await(number: int) -> None:
         if number == point:
@@ -522,6 +562,8 @@ async def _cancelled(work: Coroutine[Any, Any, Any], point: int) -> None:
         return await _awaitable(observed(work, on_await))
 
     task = asyncio.ensure_future(whole())
+    await asyncio.wait([task], timeout=0.4)
+    task.cancel()  # a call that hangs, and awaits at fewer points, is cancelled where it is
     with suppress(asyncio.CancelledError, StoreFullError, TimeoutError, SnapshotNotFoundError):
         await task
 
@@ -535,17 +577,14 @@ async def _assert_sound(store: AsyncSnapshotStore, *, ended: bool) -> None:
     assert stats.accepted == stats.committed + stats.cancelled + stats.failed + stats.pending
     if not ended or store.health().status != "dead":
         assert await store.flush(5)
-        assert_same_or_missing = await store.boundaries("old")
-        for boundary in assert_same_or_missing:
+        for boundary in await store.boundaries("old"):
             await store.load("old", boundary)
         ticket = await store.save("afterwards", 1, tensors(9))
         await ticket
         assert_same(await store.load("afterwards", 1), tensors(9))
         assert (await store.cleanup_all(timeout_s=5)).clean
-        assert_at_rest_soon = store.store
-        assert not assert_at_rest_soon._state._waiters and not assert_at_rest_soon._state._bells
-        assert store.stats().live_requests == 0 and store.stats().pending == 0
-        assert store.store._state.cancelled_in_hand == {}
+        after = store.stats()
+        assert (after.live_requests, after.pending, after.pending_bytes, after.session_bytes) == (0, 0, 0, 0)
     report = await store.shutdown(cleanup=True)
     assert report.writer_stopped and not report.abandoned
 

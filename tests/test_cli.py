@@ -14,11 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import roots
+from helpers import assert_same
 
 import snapstore
 from snapstore import SnapshotStore, StoreOptions, _paths
 from snapstore._files import FileSystem
+from snapstore._maintenance.root import opened_root
+from snapstore._maintenance.verify import verify_root
 from snapstore._owner import OwnerLock
+from snapstore.testing import FaultyFileSystem
 
 Capture = pytest.CaptureFixture[str]
 
@@ -381,6 +385,19 @@ def test_quarantine_leaves_live_sessions_alone_unless_told_otherwise(
     )
     assert not path.exists()
     assert roots.run(capsys, "verify", both.root, "--include-live").status == 2
+
+
+@pytest.mark.parametrize("operation", ["make_directory", "rename"])
+def test_quarantine_leaves_a_snapshot_that_was_saved_again_meanwhile(
+    both: SnapshotStore, operation: str
+) -> None:
+    both.save("r", 5, roots.tensors(5)).result(30).path.write_bytes(b"torn")
+    files = FaultyFileSystem()
+    files.call(operation, lambda: both.save("r", 5, roots.tensors(6)).result(30) and None)
+    with opened_root(files, str(both.root)) as root:
+        report = verify_root(root, on_read=lambda _: None, quarantine=True, include_live=True)
+    assert report.quarantined == 0 and len(report.wrong) == 1
+    assert_same(both.load("r", 5), roots.tensors(6))
 
 
 def test_a_snapshot_of_a_newer_format_is_not_corrupt_and_stays(dead: Path, capsys: Capture) -> None:

@@ -48,9 +48,7 @@ def spots(processes: Processes, action: str, root: Path) -> list[Spot]:
 def killed_at(processes: Processes, action: str, root: Path, spot: Spot) -> bool:
     """False: this time it never came to that operation, and was killed at its end."""
     prepared_root(processes, action, root)
-    child = processes.start(
-        "acts", root=str(root), action=action, operation=spot.operation, skip=spot.skip
-    )
+    child = processes.start("acts", root=str(root), action=action, operation=spot.operation, skip=spot.skip)
     said = child.says()
     assert said == "stopped" or said.startswith("done"), said
     assert child.kill() == -9
@@ -110,7 +108,9 @@ def test_kills_at_random_times_under_load_lose_nothing_that_was_committed(
 ) -> None:
     """The root goes from hand to hand: each process adopts what was left, and a store here after each kill."""
     random = Random(kills)
-    keys = {(f"{number}-{request}", count) for number in range(4) for request in range(3) for count in range(3)}
+    keys = {
+        (f"{number}-{request}", count) for number in range(4) for request in range(3) for count in range(3)
+    }
     may_be: dict[Key, set[int | None]] = {key: {None} for key in keys}
     root, copy = tmp_path / "root", tmp_path / "copy"
     said: Counter[str] = Counter()

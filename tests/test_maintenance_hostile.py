@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import roots
 
-from snapstore import _paths
+from snapstore import RootError, _paths
 from snapstore._maintenance.plan import Rules, make_plan
 from snapstore._maintenance.prune import carry_out
 from snapstore._maintenance.root import opened_root
@@ -163,6 +163,18 @@ def test_a_root_that_is_a_link_is_refused(
         assert answer.status == 2 and "symbolic link" in answer.err
 
 
+def test_a_root_that_is_swapped_while_it_is_opened_is_refused(place: Place) -> None:
+    files = FaultyFileSystem()
+
+    def swap() -> None:
+        place.root.rename(place.root.parent / "swapped-out")
+        roots.copy_of(place.root.parent / "swapped-out", place.root)
+
+    files.call("names", swap)
+    with pytest.raises(RootError, match="swapped"), opened_root(files, str(place.root)):
+        pytest.fail("it was opened")
+
+
 # --- things that are no files ---
 
 
@@ -170,7 +182,7 @@ def test_a_root_that_is_a_link_is_refused(
     ("kind", "words"),
     [(stat.S_IFIFO, "named pipe"), (stat.S_IFSOCK, "socket"), (stat.S_IFCHR, "character device")],
 )
-@pytest.mark.parametrize("name", ["77.safetensors", _paths.OWNER_RECORD, _paths.OWNER_LOCK])
+@pytest.mark.parametrize("name", ["0.safetensors", _paths.OWNER_RECORD, _paths.OWNER_LOCK])
 def test_pipes_sockets_and_devices_are_reported_and_never_opened(
     place: Place, capsys: pytest.CaptureFixture[str], kind: int, words: str, name: str
 ) -> None:
@@ -182,9 +194,23 @@ def test_pipes_sockets_and_devices_are_reported_and_never_opened(
         pytest.skip("this user may not make device nodes")
     answer = roots.run(capsys, "verify", place.root)
     assert answer.status == 1 and words in answer.out and name in answer.out
+    if path.parent == place.session:
+        roots.run(capsys, "prune", place.root, "--yes")
+        assert len(roots.snapshots_in(place.root)) == 9, "without record and lock nobody knows the owner"
+    assert opened_below(place, path.name) == set()
     all_commands(place, capsys)
     assert path.lstat().st_mode == kind | 0o600
     assert path.exists()
+
+
+def opened_below(place: Place, name: str) -> set[str]:
+    """Operations that were made on something of that name, but for asking its status."""
+    files = FaultyFileSystem()
+    with opened_root(files, str(place.root)) as root:
+        list(sessions(root, request_ids=True))
+        verify_root(root, on_read=lambda _: None)
+    touching = [call for call in files.calls if any(Path(path).name == name for path in call.paths)]
+    return {call.operation for call in touching} - {"status_at"}
 
 
 def test_a_directory_in_the_place_of_a_snapshot_is_left(
@@ -307,6 +333,17 @@ def test_a_snapshot_under_another_ones_name_is_corrupt(
         (path / name).relative_to(place.root).as_posix()
         for path, name in ((place.generation, "65.safetensors"), (other, "64.safetensors"))
     }
+
+
+def test_a_file_that_names_another_request_does_not_lend_its_name(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = sorted(place.session.glob("*.g*"))[1]
+    for path in place.generation.iterdir():
+        path.write_bytes((other / path.name).read_bytes())
+    rows = json.loads(roots.run(capsys, "ls", "--requests", "--json", place.root).out)["rows"]
+    assert [row["request"] for row in rows].count(None) == 1
+    assert len({row["request"] for row in rows}) == len(rows) == 3
 
 
 def test_a_hard_link_is_reported_and_frees_nothing(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from snapstore._maintenance.prune import PruneReport, carry_out
 from snapstore._maintenance.root import Root, opened_root
 from snapstore._maintenance.survey import sessions, surroundings
 from snapstore._maintenance.verify import verify_root
+from snapstore._owner import OwnerLock
 from snapstore.testing import FaultyFileSystem
 
 FAR = 4_000_000_000.0
@@ -105,6 +106,31 @@ def test_a_session_that_somebody_has_locked_since_the_plan_is_left(dead: Path) -
             assert report.snapshots == 0
             assert report.gone + report.in_use == 9
             assert store.boundaries("alpha") == roots.TOKENS
+
+
+def test_a_lock_that_is_taken_after_the_plan_is_respected(dead: Path) -> None:
+    before = roots.everything_in(dead)
+    with opened_root(FileSystem(), str(dead)) as root:
+        plan = planned(root)
+        lock = OwnerLock.take(FileSystem(), str(next(dead.glob("2*"))), create=False)
+        assert lock is not None
+        report = carry_out(root, plan)
+        assert (report.snapshots, report.in_use, report.errors) == (0, 9, ())
+        assert roots.everything_in(dead) == before
+        lock.release()
+        assert carry_out(root, plan).snapshots == 9
+
+
+def test_a_session_that_was_replaced_after_the_plan_is_left(dead: Path) -> None:
+    session = next(dead.glob("2*"))
+    with opened_root(FileSystem(), str(dead)) as root:
+        plan = planned(root)
+        session.rename(dead.parent / "planned")
+        roots.copy_of(dead.parent / "planned", session)
+        before = roots.everything_in(dead)
+        report = carry_out(root, plan)
+    assert (report.snapshots, report.gone, report.sessions) == (0, 9, 0)
+    assert roots.everything_in(dead) == before
 
 
 @contextmanager

@@ -101,7 +101,9 @@ def test_what_is_no_record_is_none(tmp_path: Path, text: bytes) -> None:
     assert read_record(FILES, str(tmp_path)) is None
 
 
-def test_a_record_of_no_known_boot_is_of_this_machine_by_its_host_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_of_no_known_boot_is_of_this_machine_by_its_host_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Two machines that tell no boot are not one machine."""
     monkeypatch.setattr("snapstore._owner._boot_id", lambda: "")
     assert OwnerRecord.of_this_process().same_machine

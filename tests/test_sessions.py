@@ -329,7 +329,9 @@ def test_eight_processes_that_start_work_and_leave_together(
     """Each leftover is reclaimed exactly once, no live session is touched, and in the end nothing is left."""
     for number in range(rounds):
         leftovers = [leave_dead_session(processes, root, ["a", "b"]).name for _ in range(4)]
-        children = [processes.start("starts_with_others", root=str(root), name=f"p{each}") for each in range(8)]
+        children = [
+            processes.start("starts_with_others", root=str(root), name=f"p{each}") for each in range(8)
+        ]
         assert {child.says() for child in children} == {"ready"}
         for child in children:
             child.tell("start")
@@ -359,9 +361,7 @@ def test_an_engine_that_restarts_finds_its_boundaries(processes: Processes, root
     assert everything_in(store, set(BEFORE)) == BEFORE
     assert {path.name: path.stat().st_ino for path in store.session.glob("*.g*/*")} == inodes, "by rename"
     stats = store.stats()
-    assert stats.session_bytes == sum(
-        path.stat().st_blocks * 512 for path in store.session.glob("*.g*/*")
-    )
+    assert stats.session_bytes == sum(path.stat().st_blocks * 512 for path in store.session.glob("*.g*/*"))
     assert stats.accepted == 0
     wait_until(lambda: sessions_in(root) == [store.session])
     save(store, ("a", 3), 1).result(10)
@@ -518,7 +518,11 @@ def test_new_saves_of_an_adopted_request_go_into_its_life_and_new_requests_into_
 
 @pytest.mark.parametrize("operation", ["open_read", "read_into", "names", "open_lock", "lock", "rename"])
 def test_what_can_not_be_read_at_a_start_is_neither_adopted_nor_lost(
-    processes: Processes, root: Path, files: FaultyFileSystem, operation: str, caplog: pytest.LogCaptureFixture
+    processes: Processes,
+    root: Path,
+    files: FaultyFileSystem,
+    operation: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Too many open files, say: the next start adopts it."""
     dead = leave_dead_session(processes, root)
@@ -581,7 +585,9 @@ def test_a_root_of_another_format_is_refused(root: Path, marker: str) -> None:
 def test_a_root_on_a_read_only_disk_is_refused(tmp_path: Path) -> None:
     root = tmp_path / "disk" / "root"
     root.parent.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(root.parent)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "tmpfs", str(root.parent)], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("a file system can not be mounted here: " + mounted.stderr.decode())
     try:

@@ -107,7 +107,9 @@ STRACE = shutil.which("strace")
         ("full", ["fdatasync file", "fsync directory", "rename", "fsync directory"]),
     ],
 )
-def test_durability_is_made_of_these_system_calls(tmp_path: Path, durability: str, expected: list[str]) -> None:
+def test_durability_is_made_of_these_system_calls(
+    tmp_path: Path, durability: str, expected: list[str]
+) -> None:
     """As the kernel sees it: of the save alone, between two marks."""
     script = f"""
 import os, numpy
@@ -120,7 +122,9 @@ store.shutdown()
 """
     trace = tmp_path / "trace"
     command = [str(STRACE), "-f", "-y", "-e", "trace=access,fsync,fdatasync,rename,renameat,renameat2", "-o"]
-    done = subprocess.run([*command, str(trace), sys.executable, "-c", script], capture_output=True, check=False)
+    done = subprocess.run(
+        [*command, str(trace), sys.executable, "-c", script], capture_output=True, check=False
+    )
     if b"ptrace" in done.stderr:
         pytest.skip("strace may not trace here")
     assert done.returncode == 0, done.stderr
@@ -204,7 +208,7 @@ class Disk(FileSystem):
 def test_a_limit_refuses_before_the_copy_and_is_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SnapshotStore(root, StoreOptions(max_session_bytes=100 * 1024))
     copies: list[object] = []
-    monkeypatch.setattr("snapstore._store.stage", lambda *args, **options: copies.append(args))
+    monkeypatch.setattr(store._engine.pool, "take", copies.append)
     with pytest.raises(DiskQuotaError) as caught:
         store.save("request", 1, tensors(1, 200 * 1024))
     monkeypatch.undo()
@@ -212,7 +216,12 @@ def test_a_limit_refuses_before_the_copy_and_is_counted(root: Path, monkeypatch:
     error, stats = caught.value, store.stats()
     assert isinstance(error, OSError) and error.errno == errno.EDQUOT
     assert (error.limit_bytes, error.used_bytes) == (100 * 1024, 0) and error.nbytes >= 199 * 1024
-    assert (stats.rejected, stats.rejected_bytes, stats.accepted, stats.pending_bytes) == (1, error.nbytes, 0, 0)
+    assert (stats.rejected, stats.rejected_bytes, stats.accepted, stats.pending_bytes) == (
+        1,
+        error.nbytes,
+        0,
+        0,
+    )
     assert store.shutdown(cleanup=True).clean
 
 
@@ -296,7 +305,7 @@ def test_a_save_that_the_disk_refuses_fails_with_its_cause_and_nothing_else_does
     assert isinstance(caught.value.__cause__, OSError)
     assert len(files_below(store.session)) == 1, "no temporary file is left"
     store.save("request", 1, tensors(2)).result(10)
-    wait_until(lambda: "writes work again after 4 failed saves" in caplog.text)
+    wait_until(lambda: "works again after 4 failures" in caplog.text)
     assert store.health().status == "ok"
     assert_same(store.load("request", 1), tensors(2))
     assert len(warnings_in(caplog)) == 1
@@ -343,13 +352,9 @@ def test_removals_that_fail_warn_once_and_are_well_again_when_they_work(
 
 
 def vanish(store: SnapshotStore, what: str) -> None:
-    path = {
-        "temporary files": store.session / ".tmp",
-        "generation": next(store.session.glob("*.g*")),
-        "session": store.session,
-        "sessions": store.session,
-    }[what]
-    shutil.rmtree(path)
+    pattern = {"temporary files": ".tmp", "generation": "*.g*", "session": "."}[what]
+    for path in list(store.session.glob(pattern)) if pattern != "." else [store.session]:
+        shutil.rmtree(path)
 
 
 @pytest.mark.parametrize("what", ["temporary files", "generation", "session"])
@@ -374,7 +379,7 @@ def test_a_store_whose_directories_vanished_recovers(
 
 
 def test_a_session_that_was_made_again_is_owned_again(store: SnapshotStore, root: Path) -> None:
-    vanish(store, "sessions")
+    vanish(store, "session")
     assert cause_of(store.save("request", 1, tensors(1))) == errno.ENOENT
     store.save("request", 2, tensors(2)).result(10)
     other = SnapshotStore(root)
@@ -428,7 +433,9 @@ def on_a_small_disk(tmp_path: Path, function: str) -> dict[str, Any]:
     """In a mount namespace of its own, so that nothing stays mounted, whatever happens."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    script = f"import sys; sys.path[:0] = [{str(TESTS)!r}]; import scenarios; scenarios.{function}({str(disk)!r})"
+    script = (
+        f"import sys; sys.path[:0] = [{str(TESTS)!r}]; import scenarios; scenarios.{function}({str(disk)!r})"
+    )
     mount = f"mount -t tmpfs -o size=512k tmpfs {disk} || exit 77"
     done = subprocess.run(
         ["unshare", "-Urm", "sh", "-c", f'{mount}; exec "$0" -c "$1"', sys.executable, script],
@@ -482,12 +489,22 @@ def slowest_health_s(store: SnapshotStore, calls: int = 200) -> float:
     return sorted(taken)[-calls // 20]
 
 
-@pytest.mark.parametrize("operation", ["create", "write", "close", "make_directory", "rename", "free_bytes"])
+@pytest.mark.parametrize(
+    ("operation", "path"),
+    [
+        ("create", ".tmp"),
+        ("write", ".tmp"),
+        ("close", ".tmp"),
+        ("make_directory", ".g"),
+        ("rename", ".tmp"),
+        ("free_bytes", ""),
+    ],
+)
 def test_health_answers_at_once_and_says_what_is_stuck_in_a_write(
-    root: Path, files: FaultyFileSystem, operation: str
+    root: Path, files: FaultyFileSystem, operation: str, path: str
 ) -> None:
     store = SnapshotStore(root, StoreOptions(stuck_after_s=0.1), file_system=files)
-    with files.pause(operation) as gate:
+    with files.pause(operation, path) as gate:
         store.save("request", 1, tensors(1))
         gate.wait_reached()
         assert store.health().status == "ok"
@@ -587,6 +604,7 @@ def test_a_writer_that_dies_twice_is_dead_and_says_so(root: Path, files: FaultyF
     gate.open()
     for ticket in tickets:
         assert isinstance(ticket.exception(10), SaveFailedError)
+        assert ticket.state is SaveState.FAILED
     wait_until(lambda: store.health().status == "dead")
     assert any("SystemExit: a bug" in reason for reason in store.health().reasons)
     with pytest.raises(StoreClosedError, match="writer thread died"):
@@ -606,7 +624,9 @@ def test_a_sweeper_that_dies_is_started_once_more_and_the_session_keeps_its_owne
     for number in range(4):
         store.save(f"request-{number}", 1, tensors(1)).result(10)
     files.call("rename", die, ".trash")
-    assert store.cleanup_request("request-0", timeout_s=10).clean, "what it had in hand is done after its restart"
+    assert store.cleanup_request("request-0", timeout_s=10).clean, (
+        "what it had in hand is done after its restart"
+    )
     files.call("rename", die, ".trash")
     assert not store.cleanup_request("request-1", timeout_s=10).clean
     other = SnapshotStore(root)
@@ -619,12 +639,3 @@ def test_a_sweeper_that_dies_is_started_once_more_and_the_session_keeps_its_owne
     store = SnapshotStore(root)
     wait_until(lambda: sessions_in(root) == [store.session])
     assert store.shutdown(cleanup=True).clean
-
-
-def test_tickets_of_a_dead_writer_are_settled_as_failed(root: Path, files: FaultyFileSystem) -> None:
-    store = SnapshotStore(root, file_system=files)
-    files.call("create", die, ".tmp", times=math.inf)
-    tickets = [store.save("request", count, tensors(count)) for count in range(8)]
-    assert all(ticket.exception(10) is not None for ticket in tickets)
-    assert {ticket.state for ticket in tickets} == {SaveState.FAILED}
-    store.shutdown(cleanup=True)

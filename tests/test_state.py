@@ -34,7 +34,7 @@ from snapstore import (
 from snapstore._format import Layout, TensorSpec
 from snapstore._latency import Reasons
 from snapstore._memory import HostImage
-from snapstore._records import Commit, Content, Job, Life, Published
+from snapstore._records import Cleanup, Commit, Content, Job, Life, Published
 from snapstore._state import State
 
 CONTENT = Content("numpy", "null")
@@ -185,7 +185,7 @@ class Hands:
         assert self.commit(job)
         return job
 
-    def clean(self, *request_ids: str) -> _state.Cleanup:
+    def clean(self, *request_ids: str) -> Cleanup:
         return self.state.begin_cleanup(request_ids or None)
 
     def sweep(self) -> list[int]:
@@ -1722,6 +1722,25 @@ def test_10_the_ages_are_those_of_the_oldest_save_and_of_the_write(hands: Hands,
     assert (hands.now.oldest_since_s, hands.now.writing_since_s) == (second.since_s, None)
     hands.state.abandon(second, ValueError("copy"))
     assert hands.now.oldest_since_s is None
+
+
+def test_10_waits_and_writes_are_timed_whatever_comes_of_them(hands: Hands, script: Script) -> None:
+    for request_id, end in (
+        ("a", hands.commit),
+        ("b", lambda job: hands.state.fail(job, OSError("disk"))),
+        ("c", lambda job: (hands.clean("c"), hands.state.finish_cancelled(job))),
+    ):
+        job = hands.queue(request_id)
+        script.pass_time(0.5)
+        hands.claim()
+        script.pass_time(0.25)
+        end(job)
+    latencies = hands.now.latencies
+    assert (latencies.queue_wait.total, latencies.queue_wait.sum_s) == (3, 1.5)
+    assert (latencies.write.total, latencies.write.sum_s) == (3, 0.75)
+    hands.state.note("load_disk", 0.125)
+    assert (hands.now.latencies.load_disk.total, hands.now.latencies.load_disk.sum_s) == (1, 0.125)
+    assert hands.now.failures == Reasons((("io_error", 1, 10),))
 
 
 # -- the writer's waits, shutdown, adoption ---------------------------------------------------------------------

@@ -959,7 +959,7 @@ class ClosingStateMachine(StateMachine):
             self.settle_in_hand(FAILED, error)
 
 
-walk = settings(max_examples=100, stateful_step_count=50, deadline=None, database=None)
+walk = settings(max_examples=150, stateful_step_count=50, deadline=None, database=None)
 TestWalk = StateMachine.TestCase
 TestWalk.settings = walk
 TestWalkIntoShutdown = ClosingStateMachine.TestCase

@@ -7,6 +7,7 @@
     verify     whether the files are what was written
     plan       what a prune would remove: a pure function
     prune      doing that
+    aside      taking a file away from under a store
     totals     a root in figures
     doctor     whether machine and disk are fit
     units      sizes and durations as text

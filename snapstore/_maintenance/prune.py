@@ -13,13 +13,14 @@ from __future__ import annotations
 import errno
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from os import stat_result
 
 from snapstore import _paths
 from snapstore._files import freed_by_unlinking, remove_tree
+from snapstore._maintenance.aside import move_aside
 from snapstore._maintenance.plan import Plan, SessionPlan
 from snapstore._maintenance.root import Root
 from snapstore._maintenance.survey import Loose, SnapshotFile
@@ -236,19 +237,14 @@ class _Work:
         self._freed(freed_by_unlinking(found))
 
     def _through_trash(self, planned: SnapshotFile, within: int, trash: int) -> bool:
-        """Rename aside, look, delete. False: a save had replaced the file meanwhile; that one is put back."""
+        """False: a save had replaced the file meanwhile, and that one stays."""
         aside = _paths.random_name()
-        self._files.rename(planned.name, aside, from_fd=within, to_fd=trash)
-        is_planned = _is_planned(self._files.status_at(aside, dir_fd=trash), planned)
-        if not is_planned:
-            self._put_back(aside, trash, planned.name, within)
+        if not move_aside(
+            self._files, planned.name, within, aside, trash, lambda found: _is_planned(found, planned)
+        ):
+            return False
         self._files.unlink(aside, dir_fd=trash)
-        return is_planned
-
-    def _put_back(self, aside: str, trash: int, name: str, within: int) -> None:
-        """Give the file its name again, unless a still newer save has taken that by now."""
-        with suppress(FileExistsError):
-            self._files.link(aside, name, from_fd=trash, to_fd=within)
+        return True
 
     def _loose(self, within: int, part: SessionPlan, directory: str, items: Iterable[Loose]) -> None:
         items = list(items)

@@ -155,7 +155,7 @@ def surroundings(root: Root) -> Surroundings:
     for name in root.files.names(root.fd):
         if _paths.is_session_name(name):
             continue
-        if name.startswith(_paths.MARKER):
+        if name == _paths.MARKER or _paths.is_staged_marker_name(name):
             look.expect_file(name, root.fd, "")
         elif name == _paths.QUARANTINE:
             quarantined += look.loose_below(name, root.fd, "", "quarantined")

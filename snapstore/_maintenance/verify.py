@@ -15,6 +15,7 @@ from snapstore import _paths
 from snapstore._errors import SnapshotCorruptError
 from snapstore._files import FileSystem, disk_bytes, opened
 from snapstore._format import Header, NewerFormatError
+from snapstore._maintenance.aside import move_aside
 from snapstore._maintenance.root import Root
 from snapstore._maintenance.survey import (
     WRONG,
@@ -194,17 +195,17 @@ class _RootWork:
         try:
             _make_if_missing(files, name, self.root.fd)
             with self.root.directory(name) as aside, self.root.directory(snapshot.of.name, session) as fd:
-                if not _is_same(files.status_at(snapshot.name, dir_fd=fd), snapshot):
-                    return
                 target = _paths.quarantine_name(snapshot.of.session, snapshot.of.name, snapshot.name)
-                files.rename(snapshot.name, target, from_fd=fd, to_fd=aside)
+                moved = move_aside(
+                    files, snapshot.name, fd, target, aside, lambda found: _is_same(found, snapshot)
+                )
         except FileNotFoundError:
             return
         except OSError as error:
             why = f"could not be moved aside: {error.strerror or error}"
             self.findings.append(Finding("unreadable", snapshot.path, why))
         else:
-            self.quarantined += 1
+            self.quarantined += moved
 
 
 def _check_place(header: Header, snapshot: SnapshotFile) -> None:

@@ -40,7 +40,6 @@ class Turnstile:
         try:
             await turn
         except asyncio.CancelledError:
-            self._leave(turn)
             raise
         return turn
 

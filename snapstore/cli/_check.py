@@ -83,8 +83,8 @@ def _show_verified(report: VerifyReport, took_s: float) -> None:
         columns = (
             Column("what"),
             Column("size", right=True),
-            Column("path", grows=True),
-            Column("why", grows=True),
+            Column("path", folds=True),
+            Column("why", folds=True),
         )
         table(columns, map(_finding_cells, report.findings))
         say("")

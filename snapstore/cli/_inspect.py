@@ -180,7 +180,7 @@ def _metadata(metadata: Any) -> str:
 
 
 def _show_tensors(found: Inspection, values: bool) -> None:
-    columns = [Column("tensor", grows=True), Column("dtype"), Column("shape"), Column("size", right=True)]
+    columns = [Column("tensor", folds=True), Column("dtype"), Column("shape"), Column("size", right=True)]
     if values:
         columns += [Column("least", right=True), Column("greatest", right=True), Column("nans", right=True)]
     rows = [_tensor_cells(each, values) for each in found.tensors]

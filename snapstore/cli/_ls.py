@@ -176,8 +176,8 @@ _VIEWS = {
         SessionRow,
         session_rows,
         (
-            Column("session"), Column("age", right=True), Column("owner", grows=True), Column("requests", right=True),
-            Column("snapshots", right=True), Column("size", right=True),
+            Column("session"), Column("age", right=True), Column("owner", folds=True),
+            Column("requests", right=True), Column("snapshots", right=True), Column("size", right=True),
         ),
         _session_cells,
     ),
@@ -185,8 +185,8 @@ _VIEWS = {
         RequestRow,
         request_rows,
         (
-            Column("request", grows=True), Column("snapshots", right=True), Column("tokens", right=True),
-            Column("age", right=True), Column("size", right=True), Column("owner"), Column("session"),
+            Column("request", folds=True), Column("snapshots", right=True), Column("tokens", right=True),
+            Column("age", right=True), Column("size", right=True), Column("owner"), Column("session", cuts=True),
         ),
         _request_cells,
     ),
@@ -194,8 +194,8 @@ _VIEWS = {
         SnapshotRow,
         snapshot_rows,
         (
-            Column("request", grows=True), Column("tokens", right=True), Column("age", right=True),
-            Column("size", right=True), Column("owner"), Column("session"),
+            Column("request", folds=True), Column("tokens", right=True), Column("age", right=True),
+            Column("size", right=True), Column("owner"), Column("session", cuts=True),
         ),
         _snapshot_cells,
     ),

@@ -22,11 +22,12 @@ SCHEMA = 1
 
 
 class Column(NamedTuple):
-    """A column of a table. ``grows``: it is the one to be cut where the terminal is narrow."""
+    """A column of a table. In a narrow terminal one that ``folds`` takes more lines, one that ``cuts`` ends early."""
 
     title: str
     right: bool = False
-    grows: bool = False
+    folds: bool = False
+    cuts: bool = False
 
 
 class Cell(NamedTuple):
@@ -35,6 +36,9 @@ class Cell(NamedTuple):
     text: str
     style: str = ""
 
+
+_NARROW = 8
+"""A column that gives way in a narrow terminal keeps so much."""
 
 OWNER_STYLE = {"alive": "green", "dead": "yellow", "unknown": "magenta"}
 
@@ -110,21 +114,43 @@ def _rich_table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> No
     from rich.table import Table
     from rich.text import Text
 
+    console = Console(highlight=False)
     drawn = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in columns:
+    for column, width in zip(columns, _widths(columns, rows, console.width), strict=True):
         drawn.add_column(
             column.title.upper(),
             justify="right" if column.right else "left",
-            no_wrap=not column.grows,
-            overflow="fold" if column.grows else "ellipsis",
+            no_wrap=not column.folds,
+            overflow="fold" if column.folds else "ellipsis",
+            width=width,
         )
     for row in rows:
         drawn.add_row(*(Text(cell.text, cell.style) for cell in row))
-    Console(highlight=False).print(drawn)
+    console.print(drawn)
 
 
-def bar(count: int, most: int, width: int = 40) -> str:
-    """A bar for a histogram, at least a sliver for anything; plain ASCII where nothing else can be shown."""
+def _widths(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], room: int) -> list[int]:
+    """What each column wants; where that is more than there is, the widest of those that can do with less give way."""
+    from rich.cells import cell_len
+
+    widths = [
+        max([cell_len(row[i].text) for row in rows] + [len(column.title)]) for i, column in enumerate(columns)
+    ]
+    givers = [i for i, column in enumerate(columns) if column.folds or column.cuts]
+    while sum(widths) + 2 * (len(columns) - 1) > room:
+        widest = max(givers, key=widths.__getitem__, default=None)
+        if widest is None or widths[widest] <= _NARROW:
+            break
+        widths[widest] -= 1
+    return widths
+
+
+def bar(count: int, most: int, beside: int) -> str:
+    """A bar for a histogram, at least a sliver for anything; plain ASCII where nothing else can be shown.
+
+    ``beside``: columns of the line that are taken already.
+    """
+    width = max(10, min(40, line_width() - beside))
     encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
     full, parts = ("█", ["", *"▏▎▍▌▋▊▉"]) if encoding.startswith("utf") else ("#", [""])
     steps = max(round(count / max(most, 1) * width * len(parts)), 1 if count else 0)

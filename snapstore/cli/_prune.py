@@ -141,8 +141,8 @@ def _show_plan(plan: Plan) -> None:
     if plan.empty:
         return
     columns = (
-        Column("session"), Column("owner", grows=True), Column("requests", right=True), Column("snapshots", right=True),
-        Column("size", right=True), Column("goes"),
+        Column("session"), Column("owner", folds=True), Column("requests", right=True),
+        Column("snapshots", right=True),        Column("size", right=True), Column("goes"),
     )  # fmt: skip
     table(columns, map(_plan_cells, plan.sessions))
     if plan.unfinished:
@@ -170,7 +170,7 @@ def _show_dry_run(root: Root, plan: Plan, as_json: bool) -> int:
     rows += [(part.name, "", "") for part in plan.sessions if part.whole]
     if rows:
         table(
-            (Column("would remove", grows=True), Column("size", right=True), Column("age", right=True)), rows
+            (Column("would remove", folds=True), Column("size", right=True), Column("age", right=True)), rows
         )
     _show_notes(plan)
     say(f"Would reclaim {_what(plan.freed_bytes, plan.snapshots, plan.requests)}{_aside(plan.in_use)}")

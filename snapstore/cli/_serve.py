@@ -42,6 +42,7 @@ def serve(
         config = uvicorn.Config(app, host=host, port=port, log_level="warning")
         listening = config.bind_socket()
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio only sees to it for its own
+        listening.listen()  # whoever reads the address can connect at once
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{listening.getsockname()[1]}/"
         if as_json:

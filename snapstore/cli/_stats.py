@@ -43,7 +43,9 @@ def _watch(root: Root, interval_s: int) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    with Live(console=Console(file=sys.stdout), screen=True, auto_refresh=False) as live:
+    with Live(
+        console=Console(file=sys.stdout), screen=True, auto_refresh=False, redirect_stdout=False
+    ) as live:
         while True:
             live.update(Text("\n".join(_lines(root, totals(root)))), refresh=True)
             time.sleep(interval_s)
@@ -85,4 +87,5 @@ def _histogram(title: str, bars: tuple[Bar, ...], show: Callable[[int], str]) ->
         bounds = (
             f"{show(each.low)} and more" if each.high is None else f"{show(each.low)} to {show(each.high)}"
         )
-        yield f"  {bounds:>20}  {each.count:>7,}  {bar(each.count, most)}"
+        lead = f"  {bounds:>20}  {each.count:>7,}  "
+        yield lead + bar(each.count, most, len(lead))

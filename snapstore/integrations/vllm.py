@@ -164,13 +164,13 @@ class SnapstoreTier(SecondaryTierManager):  # type: ignore[misc]
             self._state.wait_for(lambda: self._open_jobs == 0)
 
     def shutdown(self) -> None:
-        """End the jobs that are under way, fail those that wait, write what was taken. The blocks stay. Twice is fine."""
+        """End the jobs that are under way, fail those that wait. The blocks stay. Twice is fine."""
         with self._state:
             if self._closing:
                 return
             self._closing = True
-        for _ in self._threads:
-            self._tasks.put(_Task(_STOP, next(self._numbers)))
+            for _ in self._threads:
+                self._tasks.put(_Task(_STOP, next(self._numbers)))
         deadline_s = time.monotonic() + _LAST_S
         for thread in self._threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
@@ -208,7 +208,10 @@ class SnapstoreTier(SecondaryTierManager):  # type: ignore[misc]
     def _submit(self, kind: int, job: TransferJob) -> None:
         with self._state:
             self._open_jobs += 1
-        self._tasks.put(_Task(kind, next(self._numbers), job))
+            if not self._closing:
+                self._tasks.put(_Task(kind, next(self._numbers), job))
+                return
+        self._finish(job, stored=False, loaded=None, transfer_s=0.0)
 
     def _work(self) -> None:
         while self._work_once():

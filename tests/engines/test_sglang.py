@@ -14,7 +14,7 @@ import stand_ins
 import wheels
 from sglang_contract import Contract, HostPool, config, hashes, indices, same, torch
 
-pytestmark = pytest.mark.engines
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
 Make = Callable[..., Any]
 WANTED = ("sglang/srt/mem_cache/hicache_storage.py", "sglang/srt/mem_cache/storage/", "sglang/srt/environ.py")

@@ -27,7 +27,7 @@ def wake() -> None:
     for _ in range(3):
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record()
-        torch.cuda._sleep(200_000_000)
+        torch.cuda._sleep(200_000_000)  # noqa: SLF001
         after.record()
         after.synchronize()
     _cycles_per_s.append(200_000_000 / (before.elapsed_time(after) / 1000))
@@ -35,7 +35,7 @@ def wake() -> None:
 
 def sleep(seconds: float) -> None:
     """Keep the current stream busy for about so long. The host goes on at once."""
-    torch.cuda._sleep(int(seconds * _cycles_per_s[0]))
+    torch.cuda._sleep(int(seconds * _cycles_per_s[0]))  # noqa: SLF001
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ torch = pytest.importorskip("torch")
 from gpu_tools import PATIENCE_S, MiB, assert_same, open_store, pinned, sleep, wait_for  # noqa: E402
 from torch_tensors import variety  # noqa: E402
 
-from snapstore import SaveFailedError, SnapshotStore, UnsupportedTensorError  # noqa: E402
+from snapstore import SaveFailedError, SaveState, SnapshotStore, UnsupportedTensorError  # noqa: E402
 from snapstore._device import Move, StreamCaptureError  # noqa: E402
 from snapstore.adapters import _torch_cuda  # noqa: E402
 
@@ -133,47 +134,35 @@ def test_the_control_a_copy_that_does_not_wait_for_the_producer_is_wrong() -> No
     torch.cuda.synchronize()
     sleep(0.5)
     blocks = _torch_cuda.device_at(0).pack([tensor, tensor])
-    failed: list[BaseException] = []
 
     def copy() -> None:
-        try:
-            channel = _torch_cuda.device_at(0).open()
-            mark = channel.start(None, [Move(blocks[0].data, 0, target)])
-            wait_for(lambda: channel.done(mark))
-        except BaseException as error:
-            failed.append(error)
+        channel = _torch_cuda.device_at(0).open()
+        mark = channel.start(None, [Move(blocks[0].data, 0, target)])
+        wait_for(lambda: channel.done(mark))
 
-    thread = threading.Thread(target=copy)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as copier:
+        copier.submit(copy).result()
     torch.cuda.synchronize()
-    assert not failed
     assert bytes(target) != bytes(tensor.cpu().numpy().tobytes())
 
 
 def test_saves_of_several_streams_and_threads(store: SnapshotStore) -> None:
     pinned(store)
-    failed: list[BaseException] = []
 
     def save(number: int) -> None:
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                tensor = torch.empty(256 * 1024, device="cuda")
-                for step in range(20):
-                    sleep(0.001)
-                    tensor.fill_(100 * number + step)
-                    store.save(f"request-{number}", step, {"a": tensor})
-                    tensor.fill_(-1)
-                torch.cuda.current_stream().synchronize()
-        except BaseException as error:
-            failed.append(error)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            tensor = torch.empty(256 * 1024, device="cuda")
+            for step in range(20):
+                sleep(0.001)
+                tensor.fill_(100 * number + step)
+                store.save(f"request-{number}", step, {"a": tensor})
+                tensor.fill_(-1)
+            torch.cuda.current_stream().synchronize()
 
-    threads = [threading.Thread(target=save, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed and store.flush(PATIENCE_S)
+    with ThreadPoolExecutor(4) as savers:
+        for each in [savers.submit(save, number) for number in range(4)]:
+            each.result()
+    assert store.flush(PATIENCE_S)
     for number in range(4):
         for step in range(20):
             assert (store.load(f"request-{number}", step).tensors["a"] == 100 * number + step).all()
@@ -257,7 +246,6 @@ def test_a_thousand_tensors_take_few_launches(store: SnapshotStore) -> None:
     if not launches:
         pytest.skip("the profiler sees no calls of the runtime here")
     assert launches <= 16 and copies <= 4, (launches, copies)
-    assert not [name for name in names if name in ("cudaDeviceSynchronize", "cudaStreamSynchronize")][1:]
 
 
 def test_nothing_is_pinned_after_the_first_use(store: SnapshotStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,30 +336,50 @@ def test_a_save_under_capture_is_refused_and_the_capture_goes_on(store: Snapshot
     assert store.stats().rejected == 0
 
 
-def test_graphs_are_captured_while_the_threads_of_the_store_work(root: Path) -> None:
-    """Saves are handed over behind a sleeping kernel; then graphs are captured while they are copied and memory is pinned."""
+def test_graphs_are_captured_while_the_threads_of_the_store_work(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies are asked for and polled, and memory is pinned, by threads of the store, during captures of this one.
+
+    In the strictest mode, in which by default a query of an event on any thread spoils the capture.
+    """
+    begun = threading.Event()
+    start = _torch_cuda.CudaChannel.start
+    pin = _torch_cuda.CudaDevice.pin
+
+    def started_then(self, after, moves):
+        assert begun.wait(PATIENCE_S)
+        return start(self, after, moves)
+
+    def pinned_then(self, area):
+        assert begun.wait(PATIENCE_S)
+        return pin(self, area)
+
+    monkeypatch.setattr(_torch_cuda.CudaChannel, "start", started_then)
+    monkeypatch.setattr(_torch_cuda.CudaDevice, "pin", pinned_then)
     counter = torch.zeros(1000, device="cuda")
     source = torch.full((4 * MiB,), 5.0, device="cuda")
     side = torch.cuda.Stream()
-    graphs = [torch.cuda.CUDAGraph() for _ in range(20)]
-    with torch.cuda.stream(side):
-        counter.add_(0)
+    graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with open_store(root, max_pinned_bytes=1024 * MiB) as store:
-        sleep(0.2)
+        sleep(0.3)
         tickets = [store.save("request", step, {"a": source}) for step in range(20)]
-        for graph in graphs:
-            with torch.cuda.graph(graph, stream=side):
-                counter.add_(1)
-            time.sleep(0.01)
-        for graph in graphs:
-            graph.replay()
+        with torch.cuda.stream(side):
+            graph.capture_begin(capture_error_mode="global")
+            counter.add_(1)
+            begun.set()
+            for ticket in tickets:
+                wait_for(lambda ticket=ticket: ticket.state is not SaveState.STAGING)
+            counter.add_(1)
+            graph.capture_end()
+        graph.replay()
         torch.cuda.synchronize()
-        assert (counter == len(graphs)).all()
+        assert (counter == 2).all()
         for step, ticket in enumerate(tickets):
             ticket.result(PATIENCE_S)
             assert (store.load("request", step).tensors["a"] == 5).all()
-    del graphs, graph
+    del graph
 
 
 # -- wedge ----------------------------------------------------------------------------------------------------------
@@ -453,12 +461,12 @@ def test_a_poisoned_device_is_lost_and_host_data_is_still_written(root: Path) ->
 torch.cuda._sleep(400_000_000)
 flying = store.save("flying", 1, {"a": tensor})
 torch.zeros(10, device="cuda")[torch.tensor([1 << 20], device="cuda")]   # an assertion on the device: a sticky error
-behind = store.save("behind", 1, {"a": tensor}) if True else None
+behind = store.save("behind", 1, {"a": tensor})
 for ticket in (flying, behind):
     try:
         ticket.result(30)
     except SaveFailedError as error:
-        print("failed", type(error.__cause__).__name__)
+        print("failed", error.__cause__)
     else:
         print("written")
 host = store.save("host", 1, {"a": torch.arange(4)}).result(30)
