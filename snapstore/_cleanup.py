@@ -181,17 +181,19 @@ class Sweeper:
     def _empty_trash(self) -> None:
         """Free the bytes of all that waits, and of what comes meanwhile; what will not go waits for the next round."""
         stubborn: list[tuple[str, int]] = []
-        while self._trash:
-            path, nbytes = self._trash[0]
-            errors = remove_tree(self._files, path, between=self._sweep_what_came)[1]
-            self._trash.popleft()
-            if errors:
-                self._note_failure(errors[0])
-                self._state.not_freed(errors[0])
-                stubborn.append((path, nbytes))
-            else:
-                self._state.freed(nbytes)
-        self._trash.extend(stubborn)
+        try:
+            while self._trash:
+                path, nbytes = self._trash[0]
+                errors = remove_tree(self._files, path, between=self._sweep_what_came)[1]
+                self._trash.popleft()
+                if errors:
+                    self._note_failure(errors[0])
+                    self._state.not_freed(errors[0])
+                    stubborn.append((path, nbytes))
+                else:
+                    self._state.freed(nbytes)
+        finally:
+            self._trash.extend(stubborn)
 
     def _look_at_space(self) -> None:
         self._looked_s = time.monotonic()
@@ -235,7 +237,7 @@ class Sweeper:
         self._sweep_what_came()
         if self._ending is not None or time.monotonic() >= budget.deadline_s:
             raise _Enough
-        if self._trash or time.monotonic() - self._looked_s > _LOOK_EVERY_S:
+        if (self._trash and not self._failing) or time.monotonic() - self._looked_s > _LOOK_EVERY_S:
             self._look_at_space()
             self._empty_trash()
 

@@ -115,7 +115,7 @@ class Engine:
         return self._report
 
     def let_go(self) -> None:
-        """The store was dropped, or the interpreter ends: the threads write what is accepted, and leave. Never blocks."""
+        """The store was dropped, or the interpreter ends: the threads write what is accepted and leave. Never blocks."""
         if self._ending.locked():
             return
         self.state.close("the store was dropped without shutdown")
@@ -249,7 +249,7 @@ class Engine:
         With the writer stuck that is after this shutdown has returned, or never.
         """
         gone = not self._writer_thread.is_alive()
-        ending.of_sweeper.give_up_s = deadline_s if gone else math.inf
+        ending.of_sweeper.give_up_s = deadline_s - _left(deadline_s) * _SWEEPER_SHARE if gone else math.inf
         self._sweeper.end_so(ending.of_sweeper)
         self.state.end_sweeper(after_writer=True)
         if gone:
@@ -280,9 +280,7 @@ class Engine:
             left = len(ending.abandoned)
             return [f"the writer thread is stuck in a disk operation; {kept} ({left} saves abandoned)"]
         if self._sweeper_thread.is_alive():
-            return [
-                "the sweeper thread is stuck in a disk operation; what it removes is left to the next store"
-            ]
+            return ["the sweeper thread is still in a disk operation; the rest is left to the next store"]
         return []
 
 

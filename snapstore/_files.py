@@ -164,7 +164,7 @@ class FileSystem:
 
 
 def _private(fd: int) -> int:
-    """A file that was just made, of mode 0600 also where the umask took more away. The look costs no trip to the disk."""
+    """A file that was just made, of mode 0600 also where the umask took more away. To look costs no trip to the disk."""
     try:
         if stat.S_IMODE(os.fstat(fd).st_mode) != 0o600:
             os.fchmod(fd, 0o600)

@@ -135,27 +135,3 @@ class Published(NamedTuple):
     latencies: Latencies = Latencies()
     failures: Reasons = Reasons()
     rejections: Reasons = Reasons()
-
-
-@dataclass(slots=True)
-class Tally:
-    """The counters behind ``Published``."""
-
-    accepted: int = 0
-    accepted_bytes: int = 0
-    committed: int = 0
-    committed_bytes: int = 0
-    cancelled: int = 0
-    cancelled_bytes: int = 0
-    failed: int = 0
-    failed_bytes: int = 0
-    rejected: int = 0
-    rejected_bytes: int = 0
-    live_snapshots: int = 0
-    session_bytes: int = 0
-    trash_bytes: int = 0
-    cleanup_timeouts: int = 0
-    writer_restarts: int = 0
-    latencies: Latencies = Latencies()
-    failures: Reasons = Reasons()
-    rejections: Reasons = Reasons()

@@ -29,7 +29,7 @@ _ATTEMPTS = 16
 
 @dataclass(slots=True)
 class Budget:
-    """Bounds of one reclaim, and what it did: how many sessions, until when (monotonic seconds), which (``None``: any)."""
+    """Bounds of one reclaim, and what it did: how many sessions, until when (monotonic), ``only`` which ones."""
 
     sessions: int
     deadline_s: float

@@ -51,12 +51,12 @@ from snapstore._errors import (
     SaveFailedError,
     SnapshotNotFoundError,
     StoreClosedError,
-    StoreFullError,
 )
+from snapstore._ledger import Ledger, in_words
 from snapstore._memory import HostImage
 from snapstore._options import StoreOptions
-from snapstore._reasons import reason_of
-from snapstore._records import Cleanup, Commit, Content, Job, Life, Published, Tally, Turn
+from snapstore._records import Cleanup, Commit, Content, Job, Life, Published, Turn
+from snapstore._room import Room
 from snapstore._ticket import SaveTicket
 from snapstore._types import SaveState, SnapshotInfo, SnapshotKey
 
@@ -68,24 +68,20 @@ class State:
     """See the module's header. Every public method takes the lock once and lets it go before anything slow."""
 
     def __init__(self, options: StoreOptions) -> None:
-        self._options = options
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # the writer waits: a job to claim, or the end
-        self._room = threading.Condition(self._lock)  # savers wait, first come, first served
+        self._space = threading.Condition(self._lock)  # savers wait, first come, first served
         self._dirt = threading.Condition(self._lock)  # the sweeper waits: something to remove, or the end
         self._rest = threading.Condition(self._lock)  # cleaners and detachers wait: a life swept or let go
         self._lives: dict[str, Life] = {}
         self._dying: dict[str, list[Life]] = {}
         self._queue: OrderedDict[Job, None] = OrderedDict()
-        self._in_flight: OrderedDict[Job, None] = OrderedDict()
         self._held: OrderedDict[Job, None] = OrderedDict()
         self._writing: tuple[Job, float] | None = None
-        self._waiters: deque[Turn] = deque()
         self._bells: tuple[Callable[[], object], ...] = ()
         self._to_sweep: deque[Life] = deque()
         self._next_generation = 1
         self._next_sequence = 1
-        self._pending_bytes = 0
         self._staging = 0
         self._closing: str | None = None
         self._writer_may_end = False
@@ -93,10 +89,8 @@ class State:
         self._sweeper_may_end = False
         self._sweeper_waits_for_writer = False
         self._sweep_asked = False
-        self._last_error: str | None = None
-        self._removal_error: str | None = None
-        self._free_bytes: int | None = None
-        self._tally = Tally()
+        self._ledger = Ledger()
+        self._room = Room(options)
         self.cancelled_in_hand: Counter[int] = Counter()
         self.published = Published()
 
@@ -109,7 +103,7 @@ class State:
                 try:
                     return self._reserve_locked(key, nbytes, content)
                 except BaseException as error:
-                    self._note_rejected_locked(nbytes, error)
+                    self._ledger.reject(nbytes, error)
                     raise
                 finally:
                     self._publish_locked()
@@ -122,7 +116,7 @@ class State:
             try:
                 return self._queue_up_locked(key, nbytes, content)
             except BaseException as error:
-                self._note_rejected_locked(nbytes, error)
+                self._ledger.reject(nbytes, error)
                 raise
             finally:
                 self._publish_locked()
@@ -139,7 +133,7 @@ class State:
         with self._lock:
             self._leave_locked(turn)
             if error is not None:
-                self._note_rejected_locked(turn.nbytes, error)
+                self._ledger.reject(turn.nbytes, error)
             self._publish_locked()
         self._ring()
 
@@ -206,7 +200,7 @@ class State:
             job.ticket._move(SaveState.WRITING)
             now_s = time.monotonic()
             self._writing = (job, now_s)
-            self._note_locked("queue_wait", now_s - job.since_s)
+            self._ledger.note("queue_wait", now_s - job.since_s)
             self._publish_locked()
             return job
 
@@ -223,13 +217,9 @@ class State:
                 return False
             self._leave_pending_locked(job)
             self._unlist_locked(life, token_count)
-            life.committed[token_count] = Commit(info, disk_bytes)
+            self._list_locked(life, Commit(info, disk_bytes))
             life.failed.pop(token_count, None)
-            self._tally.live_snapshots += 1
-            self._tally.session_bytes += disk_bytes
-            self._tally.committed += 1
-            self._tally.committed_bytes += job.nbytes
-            self._last_error = None
+            self._ledger.commit(job.nbytes)
             self._settle_locked(job, SaveState.COMMITTED, info, settled)
             self._let_go_locked(life)
             self._publish_locked()
@@ -250,7 +240,7 @@ class State:
         """``WRITING -> FAILED``, or ``CANCELLED`` where its life has ended meanwhile (then False)."""
         settled: _Settled = []
         with self._lock:
-            self._last_error = f"{type(error).__name__}: {error}"
+            self._ledger.write_error = in_words(error)
             failed = job.life.alive
             self._end_in_writer_locked(job, error, settled)
             self._publish_locked()
@@ -266,25 +256,25 @@ class State:
         """The writer thread ended by a bug. Its job fails; ``for_good``: everything accepted does, and the store closes."""
         settled: _Settled = []
         with self._lock:
-            self._last_error = f"{type(error).__name__}: {error}"
+            self._ledger.write_error = in_words(error)
             doomed = [self._writing[0]] if self._writing else []
             if for_good:
-                self._closing = self._closing or f"its writer thread died of {type(error).__name__}: {error}"
+                self._closing = self._closing or f"its writer thread died of {in_words(error)}"
                 self._writer_may_end = True
                 doomed += self._queue
                 self._queue.clear()
             else:
-                self._tally.writer_restarts += 1
+                self._ledger.writer_restarts += 1
             for job in doomed:
                 self._end_in_writer_locked(job, error, settled)
-            self._room.notify_all()
+            self._space.notify_all()
             self._publish_locked()
         self._announce(settled)
 
     def sweeper_died(self, error: BaseException, *, for_good: bool) -> None:
         """The sweeper thread ended by a bug. What it had in hand is tried again, or ``for_good`` left as it is."""
         with self._lock:
-            self._removal_error = f"{type(error).__name__}: {error}"
+            self._ledger.removal_error = in_words(error)
             unswept = [life for lives in self._dying.values() for life in lives if not life.busy]
             self._to_sweep.clear()
             if for_good:
@@ -330,7 +320,7 @@ class State:
     def note(self, name: str, seconds: float) -> None:
         """One more observation for a histogram of ``_latency.Latencies``."""
         with self._lock:
-            self._note_locked(name, seconds)
+            self._ledger.note(name, seconds)
             self._publish_locked()
 
     @contextmanager
@@ -381,7 +371,7 @@ class State:
         """
         with self._lock:
             if request_id is None:
-                return [job.ticket for job in self._in_flight]
+                return [job.ticket for job in self._room.in_flight]
             return [job.ticket for job in self._held if job.life.request_id == request_id]
 
     # -- detach -------------------------------------------------------------------------------------------------
@@ -411,9 +401,7 @@ class State:
         """The detach is over; ``put_back`` if the file is still where it was."""
         with self._lock:
             if put_back is not None and life.alive:
-                life.committed[put_back.info.key.token_count] = put_back
-                self._tally.live_snapshots += 1
-                self._tally.session_bytes += put_back.disk_bytes
+                self._list_locked(life, put_back)
             self._let_go_locked(life)
             self._forget_if_empty_locked(life)
             self._publish_locked()
@@ -437,7 +425,7 @@ class State:
             self._retry_sweeps_locked(cleanup.lives)
             self._work.notify()
             self._dirt.notify()
-            self._room.notify_all()
+            self._space.notify_all()
             self._rest.notify_all()
             self._publish_locked()
         self._announce(settled)
@@ -475,7 +463,7 @@ class State:
         """The directory of a dead life is out of the way (invariant 9); so many bytes of it wait in the trash."""
         with self._lock:
             self._bury_locked(life)
-            self._tally.trash_bytes += trashed_bytes - life.doomed_bytes
+            self._ledger.trash_bytes += trashed_bytes - life.doomed_bytes
             self._rest.notify_all()
             self._publish_locked()
         self._ring()
@@ -484,7 +472,7 @@ class State:
         """The directory would not go; the next cleanup of the request, or shutdown, tries again."""
         with self._lock:
             life.sweep_error = error
-            self._removal_error = f"{type(error).__name__}: {error}"
+            self._ledger.removal_error = in_words(error)
             self._rest.notify_all()
             self._publish_locked()
         self._ring()
@@ -492,7 +480,7 @@ class State:
     def not_freed(self, error: OSError) -> None:
         """Something in the trash would not go; it is tried again with the next removals."""
         with self._lock:
-            self._removal_error = f"{type(error).__name__}: {error}"
+            self._ledger.removal_error = in_words(error)
             self._publish_locked()
 
     def removals_work(self) -> bool:
@@ -500,14 +488,14 @@ class State:
         with self._lock:
             if any(life.sweep_error for lives in self._dying.values() for life in lives):
                 return False
-            self._removal_error = None
+            self._ledger.removal_error = None
             self._publish_locked()
             return True
 
     def freed(self, nbytes: int) -> None:
         """Bytes of trash are free again."""
         with self._lock:
-            self._tally.trash_bytes -= nbytes
+            self._ledger.trash_bytes -= nbytes
             self._publish_locked()
 
     def ask_sweeper(self) -> None:
@@ -519,7 +507,7 @@ class State:
     def note_free_bytes(self, free_bytes: int) -> None:
         """Free space on the disk, as just measured."""
         with self._lock:
-            self._free_bytes = free_bytes
+            self._ledger.free_bytes = free_bytes
             self._publish_locked()
 
     # -- sessions and shutdown ----------------------------------------------------------------------------------
@@ -529,9 +517,7 @@ class State:
         with self._lock:
             life = self._lives.setdefault(info.key.request_id, Life(info.key.request_id, info.generation))
             life.on_disk = True
-            life.committed[info.key.token_count] = Commit(info, disk_bytes)
-            self._tally.live_snapshots += 1
-            self._tally.session_bytes += disk_bytes
+            self._list_locked(life, Commit(info, disk_bytes))
             self._next_generation = max(self._next_generation, info.generation + 1)
             self._publish_locked()
 
@@ -540,7 +526,7 @@ class State:
         with self._lock:
             self._closing = self._closing or why
             self._work.notify_all()
-            self._room.notify_all()
+            self._space.notify_all()
             self._publish_locked()
         self._ring()
 
@@ -554,7 +540,7 @@ class State:
         settled: _Settled = []
         with self._lock:
             self._writer_may_end = True
-            keys = tuple(job.key for job in self._in_flight)
+            keys = tuple(job.key for job in self._room.in_flight)
             for job in list(self._queue):
                 self._drop_queued_locked(job.life, job.key.token_count, settled)
                 self._read_from_hand_locked(job)
@@ -624,7 +610,7 @@ class State:
         cleanup.removed += len(life.committed)
         cleanup.removed_bytes += sum(commit.info.nbytes for commit in life.committed.values())
         life.doomed_bytes = sum(commit.disk_bytes for commit in life.committed.values())
-        self._tally.trash_bytes += life.doomed_bytes
+        self._ledger.trash_bytes += life.doomed_bytes
         for token_count in list(life.committed):
             self._unlist_locked(life, token_count)
         if life.on_disk:
@@ -635,7 +621,7 @@ class State:
 
     def _end_cleanup_locked(self, lives: list[Life], *, waited: bool) -> int:
         if waited and not all(life.settled for life in lives):
-            self._tally.cleanup_timeouts += 1
+            self._ledger.cleanup_timeouts += 1
             self._publish_locked()
         return int(self._writing is not None and self._writing[0].life in lives)
 
@@ -670,21 +656,16 @@ class State:
         try:
             while (job := self._enter_locked(turn)) is None:
                 self._publish_locked()
-                self._room.wait(turn.deadline_s - time.monotonic())
+                self._space.wait(turn.deadline_s - time.monotonic())
             return job
         finally:
             self._leave_locked(turn)
 
     def _queue_up_locked(self, key: SnapshotKey, nbytes: int, content: Content) -> Turn:
-        """First come, first served, so that small saves do not starve a large one."""
         self._refuse_locked(key, nbytes)
         life = self._life_locked(key.request_id)
         life.waiting += 1
-        now_s = time.monotonic()
-        patience_s = self._options.save_timeout_s if self._options.on_full == "wait" else 0.0
-        turn = Turn(life, key, nbytes, content, now_s, now_s + patience_s)
-        self._waiters.append(turn)
-        return turn
+        return self._room.queue_up(life, key, nbytes, content, time.monotonic())
 
     def _enter_locked(self, turn: Turn) -> Job | None:
         self._refuse_locked(turn.key, turn.nbytes)
@@ -692,75 +673,38 @@ class State:
             raise SaveCancelledError(
                 f"{turn.key} was cleaned up while its save waited for room", key=turn.key
             )
-        if self._waiters[0] is turn and self._fits_locked(turn.nbytes):
-            return self._accept_locked(turn.life, turn.key, turn.nbytes, turn.content)
-        now_s = time.monotonic()
-        if now_s >= turn.deadline_s:
-            raise self._full_locked(turn.key, turn.nbytes, now_s - turn.started_s)
-        return None
+        if not self._room.is_there_for(turn, time.monotonic()):
+            return None
+        return self._accept_locked(turn.life, turn.key, turn.nbytes, turn.content)
 
     def _leave_locked(self, turn: Turn) -> None:
-        self._waiters.remove(turn)
-        if self._waiters:
-            self._room.notify_all()
+        self._room.waiting.remove(turn)
+        if self._room.waiting:
+            self._space.notify_all()
         turn.life.waiting -= 1
         self._forget_if_empty_locked(turn.life)
-
-    def _note_rejected_locked(self, nbytes: int, error: BaseException) -> None:
-        self._tally.rejected += 1
-        self._tally.rejected_bytes += nbytes
-        self._tally.rejections = self._tally.rejections.with_one(reason_of(error), nbytes)
 
     def _accept_locked(self, life: Life, key: SnapshotKey, nbytes: int, content: Content) -> Job:
         ticket = SaveTicket(key, life.generation, nbytes)
         job = Job(life, ticket, self._next_sequence, time.monotonic(), content=content)
         self._next_sequence += 1
         life.staging.add(job)
-        self._in_flight[job] = None
         self._held[job] = None
         self._staging += 1
-        self._pending_bytes += nbytes
-        self._tally.accepted += 1
-        self._tally.accepted_bytes += nbytes
+        self._room.charge(job)
+        self._ledger.accept(nbytes)
         return job
 
     def _refuse_locked(self, key: SnapshotKey, nbytes: int) -> None:
         if self._closing:
             raise StoreClosedError(f"{key} was not saved: {self._closing}; open a new store", key=key)
-        self._check_quota_locked(key, nbytes)
-
-    def _fits_locked(self, nbytes: int) -> bool:
-        if not self._in_flight:
-            return True
-        options = self._options
-        return (
-            len(self._in_flight) < options.max_pending_jobs
-            and self._pending_bytes + nbytes <= options.max_pending_bytes
-        )
-
-    def _full_locked(self, key: SnapshotKey, nbytes: int, waited_s: float) -> StoreFullError:
-        error = StoreFullError(
-            f"no room for {key} ({nbytes} bytes) after {waited_s:.3f} s: {len(self._in_flight)} jobs and "
-            f"{self._pending_bytes} bytes are pending; save less often, or raise max_pending_jobs or max_pending_bytes",
-            key=key,
-        )
-        error.nbytes, error.waited_s = nbytes, waited_s
-        error.pending_jobs, error.pending_bytes = len(self._in_flight), self._pending_bytes
-        return error
-
-    def _check_quota_locked(self, key: SnapshotKey, nbytes: int) -> None:
-        options, tally = self._options, self._tally
-        used = tally.session_bytes + tally.trash_bytes + self._pending_bytes
-        if options.max_session_bytes is not None and used + nbytes > options.max_session_bytes:
+        used = self._ledger.session_bytes + self._ledger.trash_bytes
+        try:
+            self._room.check_quota(key, nbytes, used=used, free=self._ledger.free_bytes)
+        except DiskQuotaError:
             self._sweep_asked = True
             self._dirt.notify()
-            raise _over_quota(key, nbytes, options.max_session_bytes, used, "max_session_bytes", "used")
-        if options.min_free_bytes is not None and self._free_bytes is not None:
-            left = self._free_bytes - self._pending_bytes
-            if left - nbytes < options.min_free_bytes:
-                self._sweep_asked = True
-                self._dirt.notify()
-                raise _over_quota(key, nbytes, options.min_free_bytes, left, "min_free_bytes", "free")
+            raise
 
     def _drop_queued_locked(self, life: Life, token_count: int, settled: _Settled) -> None:
         """Cancel the job of this key if it is QUEUED; one that is WRITING goes on and is replaced after its commit."""
@@ -780,25 +724,25 @@ class State:
         if job.life.pending.get(job.key.token_count) is job:
             del job.life.pending[job.key.token_count]
 
+    def _list_locked(self, life: Life, commit: Commit) -> None:
+        life.committed[commit.info.key.token_count] = commit
+        self._ledger.list(commit)
+
     def _unlist_locked(self, life: Life, token_count: int) -> Commit | None:
         commit = life.committed.pop(token_count, None)
         if commit is not None:
-            self._tally.live_snapshots -= 1
-            self._tally.session_bytes -= commit.disk_bytes
+            self._ledger.unlist(commit)
         return commit
 
     def _cancel_locked(self, job: Job, settled: _Settled) -> None:
         self._leave_pending_locked(job)
-        self._tally.cancelled += 1
-        self._tally.cancelled_bytes += job.nbytes
+        self._ledger.cancel(job.nbytes)
         self._settle_locked(job, SaveState.CANCELLED, self._why_cancelled_locked(job), settled)
 
     def _fail_locked(self, job: Job, error: BaseException, settled: _Settled) -> None:
         if job.life.newest.get(job.key.token_count, 0) <= job.sequence:
             job.life.failed[job.key.token_count] = error
-        self._tally.failed += 1
-        self._tally.failed_bytes += job.nbytes
-        self._tally.failures = self._tally.failures.with_one(reason_of(error), job.nbytes)
+        self._ledger.fail(job.nbytes, error)
         outcome = SaveFailedError(f"the save of {job.key} failed: {error}; save it again", key=job.key)
         outcome.__cause__ = error
         self._settle_locked(job, SaveState.FAILED, outcome, settled)
@@ -815,11 +759,10 @@ class State:
     def _settle_locked(self, job: Job, state: SaveState, outcome: _Outcome, settled: _Settled) -> None:
         job.ticket._move(state)
         if self._writing is not None and self._writing[0] is job:
-            self._note_locked("write", time.monotonic() - self._writing[1])
+            self._ledger.note("write", time.monotonic() - self._writing[1])
             self._writing = None
-        del self._in_flight[job]
-        self._pending_bytes -= job.nbytes
-        self._room.notify_all()
+        self._room.give_back(job)
+        self._space.notify_all()
         settled.append((job, outcome))
 
     def _end_in_writer_locked(self, job: Job, error: BaseException, settled: _Settled) -> None:
@@ -841,21 +784,12 @@ class State:
             del self.cancelled_in_hand[generation]
 
     def _publish_locked(self) -> None:
-        tally = self._tally
-        oldest = next(iter(self._in_flight), None)
-        self.published = Published(
-            tally.accepted, tally.accepted_bytes, tally.committed, tally.committed_bytes,
-            tally.cancelled, tally.cancelled_bytes, tally.failed, tally.failed_bytes,
-            len(self._in_flight), self._pending_bytes, tally.rejected, tally.rejected_bytes,
-            int(self._writing is not None), len(self._lives), tally.live_snapshots,
-            tally.session_bytes, tally.trash_bytes, tally.cleanup_timeouts, tally.writer_restarts,
-            oldest.since_s if oldest else None, self._writing[1] if self._writing else None,
-            self._last_error or self._removal_error, self._free_bytes, self._closing,
-            tally.latencies, tally.failures, tally.rejections,
-        )  # fmt: skip
-
-    def _note_locked(self, name: str, seconds: float) -> None:
-        self._tally.latencies = self._tally.latencies.with_one(name, seconds)
+        self.published = self._ledger.publish(
+            self._room,
+            live_requests=len(self._lives),
+            writing_since_s=self._writing[1] if self._writing else None,
+            closing=self._closing,
+        )
 
     def _ring(self) -> None:
         """After the lock."""
@@ -881,16 +815,3 @@ def _give_memory_back(job: Job) -> None:
         image.release()
     if not job.on_its_way:
         job.ticket._release()
-
-
-def _over_quota(
-    key: SnapshotKey, nbytes: int, limit: int, used: int, option: str, word: str
-) -> DiskQuotaError:
-    error = DiskQuotaError(
-        f"{key} ({nbytes} bytes) was not saved: {used} bytes are {word} and {option} is {limit}; "
-        "clean up requests, or change the option",
-        key=key,
-    )
-    error.nbytes, error.limit_bytes, error.used_bytes = nbytes, limit, used
-    error.errno = errno.EDQUOT if word == "used" else errno.ENOSPC
-    return error

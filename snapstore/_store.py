@@ -209,7 +209,7 @@ class SnapshotStore:
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until everything accepted before the call is settled; False if that took longer than ``timeout_s``."""
         self._engine.check_process()
-        return _all_in_time(self._state.tickets(), timeout_s, lambda ticket, left_s: _ended(ticket, left_s))
+        return _all_in_time(self._state.tickets(), timeout_s, _ended)
 
     def drain_request(self, request_id: str, *, timeout_s: float) -> bool:
         """Wait until no tensor lent or given by this request is read any more; False if not within ``timeout_s``.
@@ -344,7 +344,7 @@ def shutdown_all(
     def end(index: int, store: SnapshotStore) -> None:
         try:
             reports[index] = store.shutdown(cleanup=cleanup, timeout_s=timeout_s)
-        except Exception as error:  # the next store is ended all the same; this one's report says why
+        except Exception as error:  # noqa: BLE001 - the next store is ended all the same; this one's report says why
             reports[index] = _failed_report(error)
 
     threads = [

@@ -170,7 +170,7 @@ class BlockStore:
             count += 1
         return count
 
-    def touch(self, keys: Iterable[str]) -> None:
+    def mark_used(self, keys: Iterable[str]) -> None:
         """These were used just now: they are discarded later than others."""
         for key in keys:
             if self.has(key):

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -29,7 +30,7 @@ from random import Random
 from typing import Any
 
 from helpers import assert_same, tensors
-from processes import PATIENCE_S, Talk
+from processes import PATIENCE_S, Processes, Talk
 
 from snapstore import (
     RootError,
@@ -42,6 +43,8 @@ from snapstore import (
     StoreClosedError,
     StoreOptions,
 )
+from snapstore._engine import Engine
+from snapstore._state import State
 from snapstore.signals import install_sigterm_handler
 from snapstore.testing import FaultyFileSystem
 
@@ -106,6 +109,15 @@ def assert_adoptable(root: Path, may_be: dict[Key, set[int | None]]) -> None:
     assert sessions_in(root) == []
 
 
+def engine_of(store: SnapshotStore) -> Engine:
+    """What is behind a store, for tests that break it."""
+    return store._engine  # noqa: SLF001 - users have no business there
+
+
+def state_of(store: SnapshotStore) -> State:
+    return engine_of(store).state
+
+
 # -- actions ----------------------------------------------------------------------------------------------------------
 
 
@@ -153,9 +165,10 @@ def clean_one_request(stage: Stage) -> None:
 
 def let_sweeper_finish(store: SnapshotStore) -> None:
     """Until it has looked at all that it was given. It takes a second request when it is done with the first."""
+    state = state_of(store)
     for _ in range(2):
-        store._state.ask_sweeper()
-        wait_until(lambda: not store._state._sweep_asked)
+        state.ask_sweeper()
+        wait_until(lambda: not state._sweep_asked)  # noqa: SLF001 - nothing else tells that a request was taken
 
 
 def shut_down(stage: Stage) -> None:
@@ -215,6 +228,22 @@ class Spot:
     skip: int
 
 
+def template_for(action: str, processes: Processes, path: Path) -> Path:
+    """A root as it is before the action, to be copied: what takes time is done once."""
+    if ACTIONS[action].leftovers:
+        child = processes.start("dies_with_snapshots", root=str(path))
+        assert child.says().startswith("saved") and child.wait() == 0
+    elif action != "open":
+        SnapshotStore(path).shutdown()
+    return path
+
+
+def copied(template: Path, root: Path) -> Path:
+    if template.exists():
+        shutil.copytree(template, root)
+    return root
+
+
 def stage_for(action: Action, root: str | Path) -> Stage:
     stage = Stage(Path(root), FaultyFileSystem(), StoreOptions(**action.options))
     action.prepare(stage)
@@ -222,9 +251,12 @@ def stage_for(action: Action, root: str | Path) -> Stage:
 
 
 CHANGING = frozenset(
-    "close create link lock make_directory open_lock rename remove_directory sync_data sync_directory tighten unlink write".split()
+    (
+        *("close", "create", "link", "lock", "make_directory", "open_lock", "rename", "remove_directory"),
+        *("sync_data", "sync_directory", "tighten", "unlink", "write"),
+    )
 )
-"""Operations that change what a kill leaves behind. One before any other leaves what one before the next of these does."""
+"""What changes what a kill leaves behind: one before anything else leaves what one before the next of these leaves."""
 
 
 def spots_of(calls: list[str]) -> list[Spot]:
@@ -262,7 +294,7 @@ def acts(talk: Talk, root: str, action: str, operation: str | None = None, skip:
 
 
 def hammers(talk: Talk, root: str, seed: int) -> None:
-    """Four threads save, replace, load and clean until the process is killed; what they have done is said as it is done.
+    """Four threads save, replace and clean until the process is killed; what they have done is said as it is done.
 
     Before and after: ``saving`` and ``committed REQUEST TOKENS VERSION``, ``cleaning`` and ``cleaned REQUEST``.
     """
@@ -427,7 +459,7 @@ def refusals_of(store: SnapshotStore) -> dict[str, str]:
 
 
 def forks_in_the_middle(talk: Talk, root: str) -> None:
-    """Saves go on in the parent while children are forked that leave as they like; none of them ends what it has not."""
+    """Saves go on in the parent while children are forked that leave as they like; none ends what is not its own."""
     store = SnapshotStore(root)
     tickets = []
     with store:

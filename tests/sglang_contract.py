@@ -221,7 +221,9 @@ class Contract:
         assert all(same(one, other) for one, other in zip(found, pages, strict=True))
 
     def test_another_model_and_another_rank_find_nothing(self, make: Make) -> None:
-        assert make().set("a" * 64, torch.ones(8))
+        first = make()
+        assert first.set("a" * 64, torch.ones(8))
+        self.close(first)
         for change in (
             {"model_name": "org/Other"},
             {"tp_rank": 1, "tp_size": 2},

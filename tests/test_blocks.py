@@ -161,7 +161,7 @@ def test_the_blocks_that_were_used_longest_ago_make_room(root: Path) -> None:
             blocks.put(f"key-{number}", content(number))
             flush(blocks)
         assert bytes(blocks.get("key-0") or b"") == content(0)
-        blocks.touch(["key-2", "no such key"])
+        blocks.mark_used(["key-2", "no such key"])
         assert blocks.put("key-1", content(1)) is None
         for number in range(8, 11):
             blocks.put(f"key-{number}", content(number))

@@ -689,6 +689,15 @@ def test_demo_and_bench_are_passed_on(capsys: Capture, monkeypatch: pytest.Monke
     assert answer.status == 0 and "abort" in answer.out
 
 
+def test_a_demo_without_its_framework_says_what_it_needs(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "transformers", None)  # type: ignore[arg-type]
+    answer = roots.run(capsys, "demo")
+    assert answer.status == 2 and "this needs torch" in answer.err
+
+
 def test_bench_says_where_the_benchmarks_are(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -788,20 +788,19 @@ def test_09_a_second_server_leaves_a_live_session_alone(
     assert len(files_below(session)) == 1
 
 
-def test_10_a_load_of_a_pending_snapshot_holds_up_nobody(tmp_path: Path, files: FaultyFileSystem) -> None:
-    store = BoundarySnapshotSSDStore(tmp_path / "base", file_system=files)
-    longest_s = 0.0
+def test_10_a_load_of_a_pending_snapshot_holds_up_nobody(
+    store: BoundarySnapshotSSDStore, files: FaultyFileSystem
+) -> None:
+    answers = 0
     with files.pause("create", ".tmp") as gate, ThreadPoolExecutor(1) as loader:
         assert save(store, "big", 1, [{"state": (mx.zeros((64 << 20,), mx.uint8),)}])
         gate.wait_reached()
         loading = loader.submit(lambda: [store.load("big", 1) is not None for _ in range(3)])
         while not loading.done():
-            began_s = time.perf_counter()
             assert store.has("big", 1) and store.pending_bytes
-            longest_s = max(longest_s, time.perf_counter() - began_s)
+            answers += 1
         assert loading.result(10) == [True] * 3
-    assert longest_s < 0.1
-    assert store.shutdown(cleanup=True)
+    assert answers > 30  # and not one a load, as when it held the lock
 
 
 @pytest.mark.parametrize("where", [-3, 40])

@@ -17,9 +17,11 @@ from scenarios import (
     Key,
     Spot,
     assert_adoptable,
+    copied,
     everything_in,
     sessions_in,
     spots_of,
+    template_for,
     wait_until,
 )
 
@@ -29,15 +31,7 @@ DISCARD = StoreOptions(leftovers="discard")
 ADOPT = StoreOptions(leftovers="adopt")
 
 
-def prepared_root(processes: Processes, action: str, root: Path) -> None:
-    if ACTIONS[action].leftovers:
-        child = processes.start("dies_with_snapshots", root=str(root))
-        assert child.says().startswith("saved")
-        assert child.wait() == 0
-
-
 def spots(processes: Processes, action: str, root: Path) -> list[Spot]:
-    prepared_root(processes, action, root)
     child = processes.start("acts", root=str(root), action=action)
     word, _, calls = child.says().partition(" ")
     assert word == "done", (word, calls)
@@ -47,7 +41,6 @@ def spots(processes: Processes, action: str, root: Path) -> list[Spot]:
 
 def killed_at(processes: Processes, action: str, root: Path, spot: Spot) -> bool:
     """False: this time it never came to that operation, and was killed at its end."""
-    prepared_root(processes, action, root)
     child = processes.start("acts", root=str(root), action=action, operation=spot.operation, skip=spot.skip)
     said = child.says()
     assert said == "stopped" or said.startswith("done"), said
@@ -70,13 +63,14 @@ def test_a_kill_at_any_operation_leaves_nothing_in_doubt(
     processes: Processes, tmp_path: Path, action: str, every: bool
 ) -> None:
     """A kill before an operation that changes nothing leaves what one before the next that does leaves."""
-    found = spots(processes, action, tmp_path / "undisturbed")
+    template = template_for(action, processes, tmp_path / "template")
+    found = spots(processes, action, copied(template, tmp_path / "undisturbed"))
     chosen = [spot for spot in found if every or spot.operation in CHANGING]
     reached = 0
     for number, spot in enumerate(chosen):
         root, copy = tmp_path / f"{number}", tmp_path / f"{number}-copy"
-        reached += killed_at(processes, action, root, spot)
-        shutil.copytree(root, copy) if root.exists() else None
+        reached += killed_at(processes, action, copied(template, root), spot)
+        copied(root, copy)
         try:
             assert_adoptable(root, ACTIONS[action].may_be)
             assert_discardable(copy, action)

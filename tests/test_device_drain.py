@@ -114,7 +114,7 @@ def test_a_save_that_is_cancelled_before_it_is_asked_for_never_is(
         gate.wait_reached()
         started_s = time.monotonic()
         report = store.cleanup_request("aborted")
-        assert time.monotonic() - started_s < 0.2
+        assert time.monotonic() - started_s < 1.0
         assert (report.clean, report.cancelled) == (True, 1)
         assert not store.has("aborted", 64) and store.boundaries("aborted") == ()
         with pytest.raises(SnapshotNotFoundError):
@@ -132,7 +132,7 @@ def test_a_save_that_is_cancelled_under_way_ends_when_its_copy_does(
     wait_for(lambda: device.count("start"))
     started_s = time.monotonic()
     assert store.cleanup_request("aborted").clean
-    assert time.monotonic() - started_s < 0.2, "a cleanup does not wait for a device"
+    assert time.monotonic() - started_s < 1.0, "a cleanup does not wait for a device"
     assert not store.has("aborted", 64)
     assert not ticket.released and store.stats().pending == 1
     device.automatic = True

@@ -278,7 +278,7 @@ def test_what_is_on_its_way_counts_against_the_limit_of_bytes(root: Path, device
         started_s = time.monotonic()
         with pytest.raises(StoreFullError):
             store.save("request", 3, on(device, arrays(3)))
-        assert time.monotonic() - started_s < 0.5
+        assert time.monotonic() - started_s < 1.0
         assert store.stats().pending_bytes == 2 * nbytes
         device.automatic = True
         for ticket in tickets:

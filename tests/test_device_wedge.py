@@ -117,7 +117,7 @@ def test_drain_says_no_at_its_time(
     for drain in (lambda: store.drain_request("wedged", timeout_s=0.2), lambda: store.drain(0.2)):
         started_s = time.monotonic()
         assert not drain()
-        assert 0.2 <= time.monotonic() - started_s < 0.5
+        assert 0.2 <= time.monotonic() - started_s < 1.0
     assert store.drain_request("other", timeout_s=0.2)
 
 
@@ -158,9 +158,8 @@ def test_a_late_event_brings_the_device_back(store: SnapshotStore, device: FakeD
     ticket = store.save("wedged", 1, tensors, borrow=borrow)
     wait_for(lambda: device.count("start"))
     ticket.exception(PATIENCE_S)
-    waiting = store.save
     with pytest.raises(SaveFailedError):
-        waiting("wedged", 2, tensors)
+        store.save("wedged", 2, tensors)
     device.automatic = True
     assert store.drain_request("wedged", timeout_s=PATIENCE_S)
     assert ticket.released and ticket.state is SaveState.FAILED
@@ -193,22 +192,23 @@ def test_a_call_of_the_driver_that_never_returns_is_seen_as_well(
         store.save("again", 1, on(device, arrays(4))).result(PATIENCE_S)
 
 
-def test_progress_is_what_counts_not_the_age_of_the_oldest(store: SnapshotStore, device: FakeDevice) -> None:
+def test_progress_is_what_counts_not_the_age_of_the_oldest(root: Path, device: FakeDevice) -> None:
     """Copies that come one by one, together for longer than the timeout, are no wedge."""
-    kernels, tickets = [], []
-    for count in range(6):
-        kernels.append(device.kernel())
-        tickets.append(store.save("slow", count, on(device, arrays(count))))
-    started_s = time.monotonic()
-    for kernel, ticket in zip(kernels, tickets, strict=True):
-        threading.Event().wait(TIMEOUT_S / 2)
-        kernel.finish()
-        wait_for(lambda ticket=ticket: device.complete() + ticket.done())
-        wait_for(lambda ticket=ticket: device.complete() + 1 and ticket.done())
-    assert time.monotonic() - started_s > 2 * TIMEOUT_S
-    assert store.health().status == "ok"
-    for ticket in tickets:
-        ticket.result(PATIENCE_S)
+    with open_store(root, device, device_timeout_s=1.0) as store:
+        kernels, tickets = [], []
+        for count in range(5):
+            kernels.append(device.kernel())
+            tickets.append(store.save("slow", count, on(device, arrays(count))))
+        started_s = time.monotonic()
+        for kernel, ticket in zip(kernels, tickets, strict=True):
+            with pytest.raises(TimeoutError):
+                ticket.exception(0.3)
+            kernel.finish()
+            wait_for(lambda ticket=ticket: device.complete() + 1 and ticket.done())
+        assert time.monotonic() - started_s > 1.3
+        assert store.health().status == "ok"
+        for ticket in tickets:
+            ticket.result(0)
 
 
 def test_a_lost_device_is_lost_for_good_and_what_the_host_has_is_still_written(

@@ -19,7 +19,16 @@ from typing import Any
 import pytest
 from helpers import files_below
 from processes import Processes
-from scenarios import assert_adoptable, cause_of, everything_in, save, sessions_in, version_of, wait_until
+from scenarios import (
+    assert_adoptable,
+    cause_of,
+    engine_of,
+    everything_in,
+    save,
+    sessions_in,
+    version_of,
+    wait_until,
+)
 
 import snapstore
 from snapstore import SaveCancelledError, SaveState, ShutdownReport, SnapshotStore, StoreOptions
@@ -49,6 +58,17 @@ def adopted(root: Path, keys: set[tuple[str, int]]) -> dict[tuple[str, int], int
 
 # -- the interpreter's end ----------------------------------------------------------------------------------------
 
+
+def assert_under_a_second(attempt: Callable[[], float]) -> None:
+    """Somebody else may have had the processor: the fastest of three counts."""
+    taken_s = []
+    for _ in range(3):
+        taken_s.append(attempt())
+        if taken_s[-1] < 1.0:
+            return
+    pytest.fail(f"it took {taken_s} s")
+
+
 WAYS = {"return": 0, "sys.exit": 3, "exception": 1}
 
 
@@ -61,16 +81,21 @@ def test_an_interpreter_ends_in_time_with_a_store_open(
     processes: Processes, root: Path, how: str, situation: str
 ) -> None:
     """Under a second, whatever the disk does; its status is its own."""
-    child = processes.start("ends", root=str(root), how=how, situation=situation)
-    assert child.says() == "ready"
-    started_s = time.monotonic()
-    child.tell("end")
-    assert child.wait() == WAYS[how]
-    assert time.monotonic() - started_s < 1.0
-    lines = [line for line in child.all_it_said() if not line.startswith("error")]
-    assert lines == (["report True"] if situation.startswith("a handler") else [])
-    if situation in ("idle", "shutdown under way") or situation.startswith("a handler"):
-        assert sessions_in(root) == []
+
+    def end_one() -> float:
+        child = processes.start("ends", root=str(root), how=how, situation=situation)
+        assert child.says() == "ready"
+        started_s = time.monotonic()
+        child.tell("end")
+        assert child.wait() == WAYS[how]
+        took_s = time.monotonic() - started_s
+        lines = [line for line in child.all_it_said() if not line.startswith("error")]
+        assert lines == (["report True"] if situation.startswith("a handler") else [])
+        if situation in ("idle", "shutdown under way") or situation.startswith("a handler"):
+            assert sessions_in(root) == []
+        return took_s
+
+    assert_under_a_second(end_one)
     store = SnapshotStore(root)
     wait_until(lambda: sessions_in(root) == [store.session])
     assert store.shutdown(cleanup=True).clean
@@ -104,13 +129,19 @@ def test_a_program_that_ends_with_a_pinned_writer_says_what_was_not_written(root
     """A whole interpreter of its own, from start to end."""
     command = [sys.executable, "-X", "dev", "-c", SCRIPT, str(root)]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as program:
-        assert program.stdout is not None and program.stdout.readline() == "ready\n"
-        started_s = time.monotonic()
-        _, errors = program.communicate("end\n")
-        assert program.returncode == 0 and time.monotonic() - started_s < 1.0
-    assert "3 saves" in errors and "were not written before exit" in errors
-    assert "Traceback" not in errors
+
+    def end_one() -> float:
+        with subprocess.Popen(command, text=True, **pipes) as program:
+            assert program.stdout is not None and program.stdout.readline() == "ready\n"
+            started_s = time.monotonic()
+            _, errors = program.communicate("end\n")
+            took_s = time.monotonic() - started_s
+        assert program.returncode == 0
+        assert "3 saves" in errors and "were not written before exit" in errors
+        assert "Traceback" not in errors
+        return took_s
+
+    assert_under_a_second(end_one)
 
 
 def test_a_process_that_leaves_by_the_back_door_leaves_its_snapshots(
@@ -158,8 +189,8 @@ def test_a_store_dropped_with_saves_pending_writes_them_and_gives_up_its_session
 def test_a_store_may_be_collected_while_this_very_thread_holds_its_lock(root: Path) -> None:
     """Collection strikes wherever memory is allocated: also in the middle of a critical section."""
     store = SnapshotStore(root)
-    engine = store._engine
-    with engine.state._lock:
+    engine = engine_of(store)
+    with engine.state._lock:  # noqa: SLF001 - as if collection struck in a critical section
         held = [store]
         del store
         assert dropped_quietly(held.clear) == [ResourceWarning]
@@ -280,7 +311,7 @@ def test_a_writer_that_dies_on_the_way_leaves_nothing_held(root: Path, files: Fa
     assert [type(ticket.exception(0)).__name__ for ticket in tickets] == ["SaveFailedError"] * 4
     assert report.failed == 4 and report.abandoned == () and report.writer_stopped
     assert sum("writer thread died" in error for error in report.errors) == 2
-    assert store.stats().pending_bytes == 0 and store._engine.pool.idle_bytes == 0
+    assert store.stats().pending_bytes == 0 and engine_of(store).pool.idle_bytes == 0
     assert all(ticket.released for ticket in tickets)
     assert report.session_removed and sessions_in(root) == []
 
@@ -298,7 +329,7 @@ def test_callbacks_that_raise_keep_nobody_from_being_told(root: Path, files: Fau
     assert told == [0, 1, 2, 3] and any("SystemExit" in error for error in report.errors)
     assert all(isinstance(ticket.exception(0), SaveCancelledError) for ticket in tickets)
     pinned.exception(10)
-    store._engine.join_briefly(10)
+    engine_of(store).join_briefly(10)
     assert sessions_in(root) == []
 
 
@@ -334,7 +365,8 @@ def test_trash_is_emptied_in_the_time_that_is_left_and_no_longer(root: Path, fil
     started_s = time.monotonic()
     report = store.shutdown(timeout_s=0.5)
     assert time.monotonic() - started_s < 0.8
-    assert 0 < report.trash_left < 20 and any("trash" in error for error in report.errors)
+    assert 0 < report.trash_left < 20
+    assert any("the next store" in error for error in report.errors)
     wait_until(lambda: liveness_of(store.session) == "dead")
     assert_adoptable(root, {("kept", 1): {1}})
 
@@ -380,9 +412,16 @@ def test_shutdown_all_reports_for_each_also_for_what_is_no_store(
 
 
 def test_leaving_a_block_by_an_exception_writes_what_was_accepted(root: Path) -> None:
-    with pytest.raises(ValueError, match="on purpose"), SnapshotStore(root) as store:
-        tickets = [save(store, ("a", number), number) for number in range(4)]
-        raise ValueError("on purpose")
+    tickets = []
+
+    def leave_by_an_exception(store: SnapshotStore) -> None:
+        with store:
+            tickets.extend(save(store, ("a", number), number) for number in range(4))
+            raise ValueError("on purpose")
+
+    store = SnapshotStore(root)
+    with pytest.raises(ValueError, match="on purpose"):
+        leave_by_an_exception(store)
     assert all(ticket.state is SaveState.COMMITTED for ticket in tickets)
     assert len(files_below(store.session)) == 4
     assert [version_of(store, ("a", number)) for number in range(4)] == list(range(4))

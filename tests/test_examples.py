@@ -269,6 +269,17 @@ def test_a_full_disk_costs_boundaries_and_no_request(
     assert request.output == again.output == alone(model, PROMPT, 4) and again.skipped == 0
 
 
+def test_the_engine_stops_when_its_store_is_shut_down(scheduler: Any, store: SnapshotStore) -> None:
+    def stop(request: Any) -> None:
+        if len(request.output) == 5:
+            assert store.shutdown(cleanup=True).clean
+
+    scheduler.on_token = stop
+    request = scheduler.submit("alice", [1, 2, 3], 1_000_000)
+    scheduler.run()
+    assert scheduler.stopping and 5 <= len(request.output) < 40
+
+
 # --- as programs ---
 
 

@@ -46,7 +46,9 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     },
     {
         "_records": set(),
-        "_state": {"_records"},
+        "_room": {"_records"},
+        "_ledger": {"_records", "_room"},
+        "_state": {"_ledger", "_records", "_room"},
         "_device_records": {"_records"},
         "_flights": {"_device_records"},
         "_placing": {"_device_records"},

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,44 @@ def test_a_live_store_keeps_saving_while_all_it_has_is_pruned_again_and_again(ro
                 report = prune(root, older_than_s=0, include_live=True)
                 assert report.errors == ()
         assert [ticket.exception(30) for ticket in tickets] == [None] * 60
+
+
+def test_stores_come_and_go_while_prunes_run_and_no_live_snapshot_is_ever_lost(root: Path) -> None:
+    SnapshotStore(root).shutdown()
+    done = threading.Event()
+
+    def live(number: int) -> int:
+        loaded = 0
+        for life in range(12):
+            leftovers: Any = ("discard", "adopt", "keep")[(number + life) % 3]
+            with SnapshotStore(root, StoreOptions(leftovers=leftovers)) as store:
+                for count in (3, 5, 8):
+                    store.save(f"request-{number}-{life}", count, roots.tensors(count))
+                assert store.flush(30)
+                for count in (3, 5, 8):
+                    assert_same(store.load(f"request-{number}-{life}", count), roots.tensors(count))
+                    loaded += 1
+        return loaded
+
+    def tidy() -> list[PruneReport]:
+        reports = [prune(root)]
+        while not done.is_set():
+            reports.append(prune(root, older_than_s=0))
+        return reports
+
+    with ThreadPoolExecutor(6) as pool:
+        pruning = [pool.submit(tidy) for _ in range(2)]
+        living = [pool.submit(live, number) for number in range(4)]
+        try:
+            loaded = sum(each.result(60) for each in living)
+        finally:
+            done.set()
+        reports = [report for each in pruning for report in each.result(60)]
+    reports.append(prune(root))
+    assert loaded == 4 * 12 * 3
+    assert sum(report.snapshots for report in reports) > 0
+    assert [report.errors for report in reports if report.errors] == []
+    assert names(root) == {_paths.MARKER}
 
 
 # --- interrupted ---

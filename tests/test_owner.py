@@ -1,4 +1,4 @@
-"""A session's owner: a lock that the kernel drops at any death, that no forked child keeps, and a record that only tells."""
+"""Owners of sessions: a lock that the kernel drops at any death and no forked child keeps, a record that only tells."""
 
 from __future__ import annotations
 
@@ -91,11 +91,13 @@ def test_a_record_tells_process_host_boot_and_start(tmp_path: Path) -> None:
     assert OwnerRecord.from_json(record.to_json()) == record
 
 
+WRONG_PID = b'{"pid": "one", "host": "", "boot_id": "", "start_time": "", "opened_at_s": 0}'
+
+
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"[]", b"null", b"1", b'{"pid": 1}', b"\xff", b"[" * 5000, b'{"pid": "one", "host": "", '
-     b'"boot_id": "", "start_time": "", "opened_at_s": 0}'],
-)  # fmt: skip
+    [b"", b"{", b"[]", b"null", b"1", b'{"pid": 1}', b"\xff", b"[" * 5000, WRONG_PID],
+)
 def test_what_is_no_record_is_none(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "owner.json").write_bytes(text)
     assert read_record(FILES, str(tmp_path)) is None

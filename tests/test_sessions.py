@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from helpers import assert_same, files_below, tensors
 from processes import Processes
-from scenarios import BEFORE, everything_in, let_sweeper_finish, save, sessions_in, wait_until
+from scenarios import BEFORE, engine_of, everything_in, let_sweeper_finish, save, sessions_in, wait_until
 
 from snapstore import RootError, SnapshotNotFoundError, SnapshotStore, StoreOptions
 from snapstore.testing import FaultyFileSystem
@@ -167,7 +167,7 @@ def test_leftovers_go_on_a_thread_of_their_own(
         assert time.monotonic() - started_s < 1.0
         assert report.committed + store.stats().committed >= 1 and report.writer_stopped
         assert any("sweeper" in error for error in report.errors)
-    store._engine.join_briefly(10)
+    engine_of(store).join_briefly(10)
 
 
 def test_what_is_asked_of_the_store_comes_before_the_leftovers(
@@ -202,7 +202,6 @@ def test_shutdown_leaves_the_rest_of_the_leftovers_to_the_next_store(
     with ThreadPoolExecutor(1) as ending:
         report = ending.submit(store.shutdown, cleanup=True)
         wait_until(lambda: store.health().status == "dead")
-        wait_until(lambda: store._engine._sweeper._ending is not None)
         gate.open()
         assert report.result(10).clean and report.result(10).session_removed
     assert len(sessions_in(root)) == 3
@@ -249,7 +248,7 @@ def test_what_could_not_be_removed_of_a_leftover_is_found_again(
     leave_dead_session(processes, root)
     files.fail("unlink", errno.EIO, ".safetensors", times=math.inf)
     store = SnapshotStore(root, file_system=files)
-    wait_until(lambda: "leftovers could not be removed" in caplog.text)
+    wait_until(lambda: "could not be removed" in caplog.text)
     (left,) = [path for path in sessions_in(root) if path != store.session]
     assert (left / "owner.lock").exists()
     end(store)

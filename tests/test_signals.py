@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import tensors
 from processes import Child, Processes
-from scenarios import assert_adoptable, save, sessions_in, wait_until
+from scenarios import assert_adoptable, engine_of, save, sessions_in, state_of, wait_until
 
 from snapstore import SnapshotStore, StoreClosedError, StoreOptions
 from snapstore._files import FileSystem
@@ -229,14 +229,14 @@ def test_every_store_has_its_chance_though_others_are_stuck_or_broken(
     with files.pause("write", ".tmp") as gate, install_sigterm_handler(stuck, broken, sound, grace_s=1):
         pinned = save(stuck, ("a", 1), 0)
         gate.wait_reached()
-        monkeypatch.setattr(broken._engine, "refuse", lambda why: 1 / 0)
+        monkeypatch.setattr(engine_of(broken), "refuse", lambda why: 1 / 0)
         started_s = time.monotonic()
         raise_sigterm(came)
         assert time.monotonic() - started_s < 1.5
         assert not sound.session.exists() and not broken.session.exists()
         assert "ZeroDivisionError" in caplog.text and "stuck" in caplog.text
     assert pinned.exception(10) is not None
-    stuck._engine.join_briefly(10)
+    engine_of(stuck).join_briefly(10)
 
 
 def test_saves_are_refused_first(root: Path, came: list[int]) -> None:
@@ -263,7 +263,7 @@ def test_copies_that_are_under_way_are_waited_for_but_not_for_ever(
     """Their share of the grace is less than half of it."""
     store = SnapshotStore(root)
     waited: list[float] = []
-    monkeypatch.setattr(store._state, "await_staged", lambda timeout_s: waited.append(timeout_s))
+    monkeypatch.setattr(state_of(store), "await_staged", waited.append)
     with install_sigterm_handler(store, grace_s=10):
         raise_sigterm(came)
     assert 3.0 < waited[0] <= 4.0 and store.health().status == "dead"

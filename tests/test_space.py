@@ -1,4 +1,4 @@
-"""Disks that are full, slow to sync, gone or stuck: what a store refuses, what it survives, and what it says of itself."""
+"""Disks that are full, gone or stuck, and threads that die: what a store refuses, survives, and says of itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from helpers import assert_same, files_below, tensors
 from processes import TESTS, Processes
-from scenarios import cause_of, let_sweeper_finish, sessions_in, wait_until
+from scenarios import cause_of, engine_of, let_sweeper_finish, sessions_in, state_of, wait_until
 
 from snapstore import (
     DiskQuotaError,
@@ -208,7 +208,7 @@ class Disk(FileSystem):
 def test_a_limit_refuses_before_the_copy_and_is_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = SnapshotStore(root, StoreOptions(max_session_bytes=100 * 1024))
     copies: list[object] = []
-    monkeypatch.setattr(store._engine.pool, "take", copies.append)
+    monkeypatch.setattr(engine_of(store).pool, "take", copies.append)
     with pytest.raises(DiskQuotaError) as caught:
         store.save("request", 1, tensors(1, 200 * 1024))
     monkeypatch.undo()
@@ -544,8 +544,7 @@ def test_health_answers_at_once_while_sixteen_threads_save(root: Path) -> None:
 
     with ThreadPoolExecutor(16) as pool:
         saving = [pool.submit(hammer, number) for number in range(16)]
-        blocked = store._state._lock
-        with blocked:
+        with state_of(store)._lock:  # noqa: SLF001 - as if somebody never let it go
             assert slowest_health_s(store) < LONGEST_S, "it takes no lock"
         over.set()
         for each in saving:

@@ -284,6 +284,8 @@ class _Work:
             for name in (_paths.OWNER_RECORD, _paths.OWNER_LOCK):
                 self._unlink_if_there(name, fd)
             self._files.remove_directory(aside, dir_fd=self._root.fd)
+        except FileNotFoundError:
+            return  # a store had renamed it aside, and stopped there: it counts as half removed
         except OSError as error:
             self._note(part.name, error.strerror or str(error))
         else:

@@ -108,14 +108,14 @@ class CudaDevice:
 
     def pin(self, area: memoryview) -> None:
         """Registers the pages with every context."""
-        _relax_capture()
+        self._enter_thread()
         code = torch.cuda.cudart().cudaHostRegister(_address(area), len(area), _PORTABLE)
         if int(code):
             raise OSError(f"cudaHostRegister of {len(area)} bytes: {code}")
 
     def unpin(self, area: memoryview) -> None:
         """May wait for the device."""
-        _relax_capture()
+        self._enter_thread()
         code = torch.cuda.cudart().cudaHostUnregister(_address(area))
         if int(code):
             raise OSError(f"cudaHostUnregister: {code}")
@@ -143,6 +143,11 @@ class CudaDevice:
             if self._uploads is None:
                 self._uploads = torch.cuda.Stream(self._index)
             return self._uploads
+
+    def _enter_thread(self) -> None:
+        """For threads of snapstore's own: on device 0, another one's context would cost half a gigabyte."""
+        torch.cuda.set_device(self._index)
+        _relax_capture()
 
     def _current(self) -> AbstractContextManager[Any]:
         if torch.cuda.current_device() == self._index:

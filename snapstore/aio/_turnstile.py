@@ -40,6 +40,7 @@ class Turnstile:
         try:
             await turn
         except asyncio.CancelledError:
+            self._leave(turn)
             raise
         return turn
 

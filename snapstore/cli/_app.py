@@ -70,7 +70,9 @@ def _while_somebody_reads() -> Iterator[None]:
 
 
 @click.group(
-    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=_Commands,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(snapstore.__version__, prog_name="snapstore")
 def group() -> None:
@@ -126,6 +128,9 @@ def run(arguments: Sequence[str] | None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except ModuleNotFoundError as error:
+        note(f"Error: this needs {error.name}, which is not installed here")
+        return USAGE
     except RootError as error:
         note(f"Error: {error}")
         return NO_ROOT if error.errno == errno.ENOENT else USAGE

@@ -12,7 +12,7 @@ import click
 from snapstore._files import FileSystem
 from snapstore._maintenance.root import Root, opened_root
 from snapstore._maintenance.totals import Amount, Bar, Totals, totals
-from snapstore._maintenance.units import format_duration, format_size, plural
+from snapstore._maintenance.units import format_duration, format_size, plural, printable
 from snapstore.cli._options import DURATION, chosen_root, json_option, root_options
 from snapstore.cli._output import bar, emit_json, on_terminal, say
 
@@ -52,7 +52,7 @@ def _watch(root: Root, interval_s: int) -> None:
 
 
 def _lines(root: Root, counted: Totals) -> Iterator[str]:
-    yield f"{root.path}"
+    yield printable(root.path)
     yield f"  sessions     {counted.alive} alive, {counted.dead} dead, {counted.unknown} unknown"
     yield f"  requests     {counted.requests:,}"
     yield f"  snapshots    {_amount(counted.snapshots)}"

@@ -16,7 +16,6 @@ there for is ``None``, up to ``state_count``; a layer without any has the empty 
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections import defaultdict
@@ -52,12 +51,8 @@ def _is_tensor(value: object) -> bool:
     return bool(roots & _FRAMEWORKS) and hasattr(value, "dtype") and hasattr(value, "shape")
 
 
-def _handle(tensor: Any) -> Any:
-    """For MLX a new handle to the same memory: a cache that is updated in place leaves it alone."""
-    return copy.copy(tensor) if type(tensor).__module__.startswith("mlx") else tensor
-
-
-TENSORS = TensorType(framework="mlx", matches=_is_tensor, handle=_handle)
+TENSORS = TensorType(framework="mlx", matches=_is_tensor, handle=lambda tensor: tensor)
+"""The store takes the bytes before ``save`` returns; what a cache does to its arrays later does not reach them."""
 
 
 def take_apart(layers: Sequence[Any], block_size: int | None) -> tuple[dict[str, Any], dict[str, JSON]]:

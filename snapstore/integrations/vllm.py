@@ -137,7 +137,7 @@ class SnapstoreTier(SecondaryTierManager):  # type: ignore[misc]
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
         """These blocks are discarded later than others."""
-        self._blocks.touch(key.hex() for key in keys)
+        self._blocks.mark_used(key.hex() for key in keys)
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         """Have the rows written. The job succeeds when all of them are on disk, or were there already."""
