@@ -68,7 +68,7 @@ class Landing(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """One device of one store."""
+    """One device of one store. ``discarded``: marks of parts that others have dropped; freeing one calls the driver."""
 
     device: Device
     work: threading.Condition
@@ -78,6 +78,7 @@ class Lane:
     waiting: deque[Part] = field(default_factory=deque)
     flying: deque[Part] = field(default_factory=deque)
     landings: deque[Landing] = field(default_factory=deque)
+    discarded: list[Any] = field(default_factory=list)
     thread: threading.Thread | None = None
 
     @property

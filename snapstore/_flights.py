@@ -29,6 +29,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from snapstore._device import Device
 from snapstore._device_records import DeviceFacts, Landing, Lane, Part, Submission, Verdict
@@ -97,7 +98,7 @@ class Flights:
     def await_work(self, lane: Lane, pause_s: float) -> bool:
         """Wait for something to start, or ``pause_s`` if something may have been reached by then. False: the end."""
         with self._lock:
-            while not lane.waiting:
+            while not (lane.waiting or lane.discarded):
                 if lane.flying or lane.landings:
                     lane.work.wait(pause_s)
                     return True
@@ -121,6 +122,12 @@ class Flights:
                 self._over_locked(part, verdict)
             self._publish_locked()
         return None, verdict
+
+    def take_discarded(self, lane: Lane) -> list[Any]:
+        """What is to be freed on this thread, which the driver may keep, and on no other."""
+        with self._lock:
+            discarded, lane.discarded = lane.discarded, []
+            return discarded
 
     def oldest(self, lane: Lane) -> tuple[Part | None, Landing | None]:
         """What is reached first, either way: nothing behind it can have been."""
@@ -296,7 +303,11 @@ class Flights:
     def _drop_parts_locked(self, submission: Submission, verdict: Verdict) -> None:
         for part in submission.parts:
             if part.waiting:
-                self._lanes[part.device].waiting.remove(part)
+                lane = self._lanes[part.device]
+                lane.waiting.remove(part)
+                lane.discarded.append(part.after)
+                lane.work.notify()
+                part.after = None
                 self._over_locked(part, verdict)
 
     def _stick_locked(self, lane: Lane, verdict: Verdict) -> None:

@@ -19,8 +19,9 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from snapstore._checksum import ALGORITHM, DIGITS, checksum_around, checksums
 from snapstore._errors import SnapshotCorruptError
@@ -72,8 +73,7 @@ class NewerFormatError(SnapshotCorruptError):
     """Nothing is wrong with the file; this version can not read it."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """Name, safetensors dtype name and shape of one tensor."""
 
     name: str
@@ -98,16 +98,21 @@ class Layout:
     file_order: tuple[int, ...]
     nbytes: int
 
-    @classmethod
-    def of(cls, specs: Iterable[TensorSpec]) -> Layout:
-        specs = tuple(specs)
-        sizes = tuple(spec.nbytes for spec in specs)
-        order = tuple(sorted(range(len(specs)), key=lambda i: -ITEM_BYTES[specs[i].dtype]))
-        offsets = [0] * len(specs)
-        ends = accumulate((sizes[i] for i in order), initial=0)
-        for index, offset in zip(order, ends, strict=False):
-            offsets[index] = offset
-        return cls(specs, sizes, tuple(offsets), order, sum(sizes))
+    @staticmethod
+    def of(specs: Iterable[TensorSpec]) -> Layout:
+        """The layout of these tensors. An engine saves the same ones again and again, so the last ones are kept."""
+        return _layout_for(tuple(specs))
+
+
+@lru_cache(maxsize=256)
+def _layout_for(specs: tuple[TensorSpec, ...]) -> Layout:
+    sizes = tuple(spec.nbytes for spec in specs)
+    order = tuple(sorted(range(len(specs)), key=lambda i: -ITEM_BYTES[specs[i].dtype]))
+    offsets = [0] * len(specs)
+    ends = accumulate((sizes[i] for i in order), initial=0)
+    for index, offset in zip(order, ends, strict=False):
+        offsets[index] = offset
+    return Layout(specs, sizes, tuple(offsets), order, sum(sizes))
 
 
 @dataclass(frozen=True, slots=True)

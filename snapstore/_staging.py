@@ -160,6 +160,7 @@ class Staging:
                     pass
                 while self._land_one(lane, channel):
                     pass
+                self._flights.take_discarded(lane).clear()
         except BaseException as error:  # noqa: BLE001 - recorded, and in every ticket and report from here on
             extra = {"event": "device_lost", "reason": "device", "device": lane.device.name}
             _log.critical(

@@ -19,6 +19,7 @@ from devices import PATIENCE_S, PINNED_BYTES, arrays, assert_loads, on, open_sto
 
 from snapstore import SaveFailedError, SaveState, SnapshotStore, StoreOptions
 from snapstore.testing import FakeDevice, FaultyFileSystem
+from snapstore.testing._fake_device import FakeMark
 
 TIMEOUT_S = 0.2
 
@@ -190,6 +191,29 @@ def test_a_call_of_the_driver_that_never_returns_is_seen_as_well(
         wait_for(lambda: store.health().status == "ok")
         assert store.stats().leaked_bytes == 0
         store.save("again", 1, on(device, arrays(4))).result(PATIENCE_S)
+
+
+def test_the_watch_leaves_it_to_the_device_s_thread_to_free_what_calls_the_driver(
+    store: SnapshotStore, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mark of a save that was never asked for: where the driver keeps one thread, it may keep the next one too."""
+    freed_by: list[str] = []
+    mark_of = device.mark
+
+    def mark() -> FakeMark:
+        made = mark_of()
+        weakref.finalize(made, lambda: freed_by.append(threading.current_thread().name))
+        return made
+
+    monkeypatch.setattr(device, "mark", mark)
+    with device.pause("open") as gate:
+        ticket = store.save("wedged", 1, on(device, arrays(1)))
+        gate.wait_reached()
+        ticket.exception(PATIENCE_S)
+        device.complete()
+        assert freed_by == []
+    wait_for(lambda: freed_by)
+    assert freed_by == [f"snapstore-device-{device.name}"]
 
 
 def test_progress_is_what_counts_not_the_age_of_the_oldest(root: Path, device: FakeDevice) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-CONFTEST = Path(__file__).with_name("conftest.py").read_text()
+TESTS = Path(__file__).parent
+CONFTEST = (TESTS / "conftest.py").read_text()
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def run(pytester: pytest.Pytester):
     def run(source: str) -> pytest.RunResult:
         pytester.makeconftest(CONFTEST.replace("ENDING_S = 2.0", "ENDING_S = 0.2"))
         pytester.makepyfile(source)
-        return pytester.runpytest_subprocess("-p", "no:cacheprovider")
+        return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-o", f"pythonpath={TESTS}")
 
     return run
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
@@ -259,15 +259,14 @@ def _laboratory(root: Root) -> Iterator[_Laboratory]:
     """A directory to try things in, which nobody takes for a session and everybody for a leftover if we die."""
     name = _paths.unborn_session_name()
     root.files.make_directory(name, dir_fd=root.fd)
-    lock = None
-    try:
-        with root.directory(name) as fd:
+    with ExitStack() as undo:
+        fd = undo.enter_context(root.directory(name))
+        with suppress(OSError):  # where locks are refused, trying them says so
             lock = OwnerLock.take(root.files, ".", create=True, dir_fd=fd)
-            yield _Laboratory(root.files, fd)
-    finally:
-        remove_tree(root.files, name, dir_fd=root.fd, keep_last=_paths.OWNER_LOCK)
-        if lock is not None:
-            lock.release()
+            if lock is not None:
+                undo.callback(lock.release)
+        undo.callback(remove_tree, root.files, name, dir_fd=root.fd, keep_last=_paths.OWNER_LOCK)
+        yield _Laboratory(root.files, fd)
 
 
 class _Laboratory:

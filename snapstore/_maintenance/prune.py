@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from os import stat_result
@@ -82,8 +82,7 @@ def carry_out(
 
     ``progress`` hears of freed bytes; when ``go_on`` says no, it ends between two files.
     """
-    work = _Work(root, progress, go_on)
-    tally, interrupted = work.tally, False
+    work, interrupted = _Work(root, progress, go_on), False
     try:
         for part in plan.sessions:
             work.session(part)
@@ -91,6 +90,10 @@ def carry_out(
             work.unfinished(loose)
     except _Stopped:
         interrupted = True
+    return _report(work.tally, plan, interrupted)
+
+
+def _report(tally: _Tally, plan: Plan, interrupted: bool) -> PruneReport:
     return PruneReport(
         snapshots=tally.snapshots,
         requests=len(tally.requests),
@@ -282,7 +285,8 @@ class _Work:
         try:
             self._files.rename(part.name, aside, from_fd=self._root.fd, to_fd=self._root.fd)
             for name in (_paths.OWNER_RECORD, _paths.OWNER_LOCK):
-                self._unlink_if_there(name, fd)
+                with suppress(FileNotFoundError):
+                    self._files.unlink(name, dir_fd=fd)
             self._files.remove_directory(aside, dir_fd=self._root.fd)
         except FileNotFoundError:
             return  # a store had renamed it aside, and stopped there: it counts as half removed
@@ -308,12 +312,6 @@ class _Work:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 self._note(path, error.strerror or str(error))
-
-    def _unlink_if_there(self, name: str, within: int) -> None:
-        try:
-            self._files.unlink(name, dir_fd=within)
-        except FileNotFoundError:
-            return
 
     def _lock(self, fd: int) -> OwnerLock | None:
         """A session's lock; ``None`` if somebody has it. ``OSError`` if there is none, or none that could be had."""

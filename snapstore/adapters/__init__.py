@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Protocol, cast
 
 from snapstore._device import LABEL, Device
@@ -18,6 +19,7 @@ from snapstore._types import Framework
 _HOME = {"numpy": "numpy", "ml_dtypes": "numpy", "torch": "torch", "mlx": "mlx"}
 
 _SMALL_BYTES = 1024 * 1024
+_LAYOUTS = 256
 
 
 class Adapter(Protocol):
@@ -50,16 +52,19 @@ def adapter_for(tensors: Mapping[str, Any]) -> Adapter:
     """
     if not isinstance(tensors, Mapping):
         raise TypeError(f"tensors must be a mapping from name to tensor, not {type(tensors).__qualname__}")
-    framework = "numpy"
-    for position, (name, tensor) in enumerate(tensors.items()):
-        _check_name(name)
-        found = _framework_of(name, tensor)
-        if position and found != framework:
-            raise unsupported(
-                name, f"it is a {found} tensor among {framework} tensors; save one framework at a time"
-            )
-        framework = found
-    return adapter_named(framework)
+    _check_names(tuple(tensors))
+    kinds: dict[type, str] = {}
+    for name, tensor in tensors.items():
+        kinds.setdefault(type(tensor), name)
+    frameworks: dict[str, str] = {}
+    for kind, name in kinds.items():
+        frameworks.setdefault(_framework_of(name, kind), name)
+    if len(frameworks) > 1:
+        first, other = list(frameworks)[:2]
+        raise unsupported(
+            frameworks[other], f"it is a {other} tensor among {first} tensors; save one framework at a time"
+        )
+    return adapter_named(next(iter(frameworks), "numpy"))
 
 
 def adapter_named(framework: str) -> Adapter:
@@ -109,6 +114,13 @@ def unsupported(name: str, why: str, *, verb: str = "saved") -> UnsupportedTenso
     return error
 
 
+@lru_cache(maxsize=_LAYOUTS)
+def _check_names(names: tuple[object, ...]) -> None:
+    """Once for each set of names: an engine saves the same ones again and again."""
+    for name in names:
+        _check_name(name)
+
+
 def _check_name(name: object) -> None:
     if type(name) is not str:
         raise TypeError(f"a tensor's name must be a str, not {type(name).__qualname__}: {name!r}")
@@ -121,11 +133,9 @@ def _check_name(name: object) -> None:
             raise ValueError(f"tensor {name!r}: a lone surrogate in a name can not be written") from error
 
 
-def _framework_of(name: str, tensor: object) -> str:
-    for cls in type(tensor).__mro__:
+def _framework_of(name: str, kind: type) -> str:
+    for cls in kind.__mro__:
         home = _HOME.get(cls.__module__.partition(".")[0])
         if home is not None:
             return home
-    raise unsupported(
-        name, f"{type(tensor).__module__}.{type(tensor).__qualname__} is no numpy, torch or mlx tensor"
-    )
+    raise unsupported(name, f"a {kind.__module__}.{kind.__qualname__} is no numpy, torch or mlx tensor")

@@ -85,7 +85,12 @@ def ls(
             "ls", root=opened.path, rows_are=level or "sessions", total=len(rows), findings=odd,
             rows=[_as_json(row) for row in shown],
         )  # fmt: skip
-        return 0
+    else:
+        _show(view, rows, shown, odd)
+    return 0
+
+
+def _show(view: _View, rows: Sequence[Row], shown: Sequence[Row], odd: int) -> None:
     if shown:
         table(view.columns, [view.cells(row) for row in shown])
     if len(shown) < len(rows):
@@ -93,7 +98,6 @@ def ls(
     say(_summary(rows))
     if odd:
         note(f"{plural(odd, 'thing')} below this root should not be there: see snapstore verify")
-    return 0
 
 
 class _Counted:

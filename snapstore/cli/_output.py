@@ -164,30 +164,17 @@ def progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     if not (on_terminal() and sys.stderr.isatty()):
         yield lambda _: None
         return
+    from rich import progress as parts
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        ProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-    )
     from rich.text import Text
 
-    class Rate(ProgressColumn):
+    class Rate(parts.ProgressColumn):
         """Bytes a second, in our own units."""
 
-        def render(self, task: Any) -> Text:
+        def render(self, task: parts.Task) -> Text:
             return Text(format_rate(int(task.speed or 0), 1))
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(True),
-        Rate(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+    columns = parts.BarColumn(), parts.DownloadColumn(True), Rate(), parts.TimeRemainingColumn()
+    with parts.Progress(title, *columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task(title, total=total_bytes)
         yield lambda nbytes: shown.advance(task, nbytes)

@@ -1,0 +1,166 @@
+"""What the doctor says of machines that are not as they should be, played by file systems with faults."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import roots
+
+from snapstore import SnapshotStore
+from snapstore._files import FileSystem
+from snapstore._maintenance import doctor
+from snapstore._maintenance.doctor import Checkup, Diagnosis, examine
+from snapstore._maintenance.root import opened_root
+from snapstore.testing import FaultyFileSystem
+
+
+@pytest.fixture
+def empty(root: Path) -> Path:
+    """A root without sessions."""
+    SnapshotStore(root).shutdown(cleanup=True)
+    return root
+
+
+def checkup(path: Path, files: FileSystem | None = None) -> Checkup:
+    before = roots.everything_in(path)
+    with opened_root(files or FileSystem(), str(path), to_change=True) as root:
+        found = examine(root)
+    assert roots.everything_in(path) == before
+    return found
+
+
+def topic(found: Checkup, name: str) -> Diagnosis:
+    (one,) = (each for each in found.diagnoses if each.topic == name)
+    assert one.advice.count(".") or one.advice.count("snapstore")
+    return one
+
+
+def test_a_sound_machine_has_no_problem(empty: Path) -> None:
+    found = checkup(empty)
+    assert [each for each in found.diagnoses if each.level == "problem"] == []
+    assert found.speed is not None
+
+
+def test_locks_that_are_refused(empty: Path) -> None:
+    files = FaultyFileSystem()
+    files.fail("lock", errno.ENOLCK, times=float("inf"))
+    found = topic(checkup(empty, files), "locks")
+    assert found.level == "problem" and "refused" in found.finding
+
+
+def test_locks_that_keep_nobody_out(empty: Path) -> None:
+    class Lax(FileSystem):
+        def lock(self, fd: int) -> bool:
+            return True
+
+    found = topic(checkup(empty, Lax()), "locks")
+    assert found.level == "problem" and "do not exclude" in found.finding
+
+
+class Torn(FileSystem):
+    """Renames in two steps, and waits in between until a reader has come by."""
+
+    def __init__(self) -> None:
+        self.looked = threading.Event()
+        self.between = False
+
+    def open_read(self, path: str, *, dir_fd: int | None = None) -> int:
+        try:
+            return super().open_read(path, dir_fd=dir_fd)
+        finally:
+            if self.between:
+                self.looked.set()
+
+    def rename(
+        self, source: str, destination: str, *, from_fd: int | None = None, to_fd: int | None = None
+    ) -> None:
+        self.prepare(destination, to_fd)
+        self.between = True
+        self.looked.wait(10)
+        super().rename(source, destination, from_fd=from_fd, to_fd=to_fd)
+
+    def prepare(self, destination: str, to_fd: int | None) -> None:
+        os.unlink(destination, dir_fd=to_fd)
+
+
+class Mixing(Torn):
+    """Overwrites one half first."""
+
+    def prepare(self, destination: str, to_fd: int | None) -> None:
+        fd = os.open(destination, os.O_WRONLY, dir_fd=to_fd)
+        os.write(fd, b"x" * 2048)
+        os.close(fd)
+
+
+@pytest.mark.parametrize(("kind", "words"), [(Torn, "was gone"), (Mixing, "parts of two files")])
+def test_renames_that_are_not_atomic(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Torn], words: str
+) -> None:
+    monkeypatch.setattr(doctor, "_LITTLE_SPACE_BYTES", 2**63)  # no timing, which renames too
+    found = topic(checkup(empty, kind()), "renames")
+    assert found.level == "problem" and words in found.finding
+
+
+def test_a_disk_that_takes_no_files(empty: Path) -> None:
+    for operation, number in (
+        ("make_directory", errno.EROFS),
+        ("create", errno.ENOSPC),
+        ("write", errno.EDQUOT),
+    ):
+        files = FaultyFileSystem()
+        files.fail(operation, number, times=float("inf"))
+        found = checkup(empty, files)
+        assert topic(found, "writing").finding == os.strerror(number)
+        assert topic(found, "writing").level == "problem" and found.speed is None
+
+
+def test_little_space(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FileSystem, "free_bytes", lambda self, path: 2**30)
+    found = checkup(empty)
+    assert topic(found, "free space").level == "problem" and "prune" in topic(found, "free space").advice
+    assert found.speed is None, "and nothing is made worse by trying"
+
+
+@pytest.mark.parametrize(("kind", "word"), [("nfs4", "network"), ("tmpfs", "memory"), ("overlay", "volume")])
+def test_file_systems_that_are_no_local_disk(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, kind: str, word: str
+) -> None:
+    monkeypatch.setattr(FileSystem, "file_system_type", lambda self, fd: kind)
+    found = topic(checkup(empty), "file system")
+    assert (found.level, found.finding) == ("note", kind) and word in found.advice
+
+
+def test_a_slow_device_and_a_busy_processor(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_ROUNDS", 1)
+    files = FaultyFileSystem()
+    files.delay("sync_data", 0.7)
+    found = topic(checkup(empty, files), "writing")
+    assert found.level == "note" and "slow disk" in found.advice
+    files = FaultyFileSystem()
+    files.delay("rename", 0.5)
+    monkeypatch.setattr(doctor, "_RENAMES", 1)
+    found = topic(checkup(empty, files), "writing")
+    assert found.level == "note" and "busy" in found.advice
+
+
+def test_leftovers_and_odd_things(empty: Path) -> None:
+    assert topic(checkup(empty), "leftovers").level == "ok"
+    roots.abandoned(empty)
+    found = topic(checkup(empty), "leftovers")
+    assert found.level == "note" and "snapstore prune" in found.advice
+    (empty / "mine.txt").write_text("mine")
+    found = topic(checkup(empty), "leftovers")
+    assert found.level == "problem" and "snapstore verify" in found.advice
+
+
+def test_the_file_system_is_named_as_the_kernel_names_it(tmp_path: Path) -> None:
+    files = FileSystem()
+    fd = files.open_directory("/proc/self")
+    try:
+        assert files.file_system_type(fd) == "proc"
+    finally:
+        files.close(fd)
