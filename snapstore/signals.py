@@ -195,8 +195,6 @@ class SigtermHandler:
         if self._phase is not _Phase.ENDING:
             return  # uninstalled meanwhile
         self._phase = _Phase.ENDED
-        if self._previous == signal.SIG_IGN:
-            return
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, signal.SIGTERM)

@@ -242,6 +242,21 @@ def test_an_interrupted_caller_does_not_stop_a_shutdown(
     assert_adoptable(root, {("a", number): {number} for number in range(3)})
 
 
+def test_the_end_of_the_interpreter_does_not_meddle_with_a_shutdown_under_way(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    store = SnapshotStore(root, file_system=files)
+    save(store, ("a", 1), 1).result(10)
+    with files.pause("unlink", ".trash") as gate, ThreadPoolExecutor(1) as ending:
+        shutdown = ending.submit(store.shutdown, cleanup=True)
+        gate.wait_reached()
+        sweeper = engine_of(store)._sweeper  # noqa: SLF001 - nothing else tells that it was told to end
+        wait_until(lambda: sweeper._ending is not None)  # noqa: SLF001
+        engine_of(store).let_go()
+        gate.open()
+        assert shutdown.result(10).session_removed
+
+
 def test_an_interruption_before_its_thread_runs_leaves_the_shutdown_to_the_next_caller(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,7 +201,8 @@ def test_shutdown_leaves_the_rest_of_the_leftovers_to_the_next_store(
     gate.wait_reached()
     with ThreadPoolExecutor(1) as ending:
         report = ending.submit(store.shutdown, cleanup=True)
-        wait_until(lambda: store.health().status == "dead")
+        sweeper = engine_of(store)._sweeper  # noqa: SLF001 - nothing else tells that it was told to end
+        wait_until(lambda: sweeper._ending is not None)  # noqa: SLF001
         gate.open()
         assert report.result(10).clean and report.result(10).session_removed
     assert len(sessions_in(root)) == 3
@@ -475,6 +476,20 @@ def test_of_a_request_in_two_dead_sessions_the_newest_life_is_adopted_and_no_oth
     assert found == {("a", 1): 2, ("a", 2): None, ("b", 1): 1, ("c", 1): 2}
     wait_until(lambda: sessions_in(root) == [store.session])
     end(store)
+
+
+def test_an_earlier_life_is_nobody_elses_to_adopt_either(root: Path, files: FaultyFileSystem) -> None:
+    """Who adopts the newest life puts the earlier ones away before anybody else can come to them."""
+    leave_session_with(root, {("a", 1): 1})
+    leave_session_with(root, {("a", 1): 2})
+    with files.pause("names", "root", skip=1) as gate:
+        first = SnapshotStore(root, ADOPT, file_system=files)
+        gate.wait_reached()
+        assert everything_in(first, {("a", 1)}) == {("a", 1): 2}
+        second = SnapshotStore(root, ADOPT)
+        assert everything_in(second, {("a", 1)}) == {("a", 1): None}
+    end(second)
+    end(first)
 
 
 def test_the_newest_session_is_the_one_that_was_opened_last_also_within_one_second(root: Path) -> None:

@@ -14,7 +14,7 @@ from helpers import tensors
 from processes import Child, Processes
 from scenarios import assert_adoptable, engine_of, save, sessions_in, state_of, wait_until
 
-from snapstore import SnapshotStore, StoreClosedError, StoreOptions
+from snapstore import SaveState, SnapshotStore, StoreClosedError, StoreOptions
 from snapstore._files import FileSystem
 from snapstore._owner import liveness, read_record
 from snapstore.signals import install_sigterm_handler
@@ -224,18 +224,24 @@ def test_two_handlers_end_their_stores_one_after_the_other(root: Path, came: lis
 def test_every_store_has_its_chance_though_others_are_stuck_or_broken(
     root: Path, came: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    files = FaultyFileSystem()
-    stuck, broken, sound = SnapshotStore(root, file_system=files), SnapshotStore(root), SnapshotStore(root)
-    with files.pause("write", ".tmp") as gate, install_sigterm_handler(stuck, broken, sound, grace_s=1):
+    """And all of the time: none of them comes after another."""
+    files, slow = FaultyFileSystem(), FaultyFileSystem()
+    stuck, sound = SnapshotStore(root, file_system=files), SnapshotStore(root, file_system=slow)
+    broken = SnapshotStore(root)
+    handler = install_sigterm_handler(stuck, broken, sound, grace_s=1, cleanup=False)
+    with files.pause("write", ".tmp") as gate, handler:
         pinned = save(stuck, ("a", 1), 0)
         gate.wait_reached()
+        slow.delay("write", 0.1, ".tmp")
+        tickets = [save(sound, ("a", number), 0) for number in range(3)]
         monkeypatch.setattr(engine_of(broken), "refuse", lambda why: 1 / 0)
         started_s = time.monotonic()
         raise_sigterm(came)
         assert time.monotonic() - started_s < 1.5
-        assert not sound.session.exists() and not broken.session.exists()
+        assert [ticket.state for ticket in tickets] == [SaveState.COMMITTED] * 3
+        assert not broken.session.exists()
         assert "ZeroDivisionError" in caplog.text and "stuck" in caplog.text
-    assert pinned.exception(10) is not None
+    pinned.exception(10)
     engine_of(stuck).join_briefly(10)
 
 

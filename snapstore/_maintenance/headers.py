@@ -104,7 +104,7 @@ def _values(files: FileSystem, fd: int, tensor: Tensor) -> Values | None:
     if read_exactly(files, fd, buffer, tensor.offset) < len(buffer):
         return None
     widened = tensor.spec.dtype == "BF16"
-    spec = tensor.spec._replace(dtype="U16") if widened else tensor.spec
+    spec = TensorSpec(tensor.spec.name, "U16", tensor.spec.shape) if widened else tensor.spec
     layout = Layout.of([spec])
     try:
         array = adapter_named("numpy").from_host(layout, buffer, None)[spec.name].reshape(-1)
