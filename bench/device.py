@@ -282,13 +282,13 @@ def _side_by_side(quick: bool) -> Measured:
 
         ways: dict[str, tuple[Callable[[int], Any], Callable[[Any], object]]] = {
             SNAPSTORE: (
-                lambda step: store.save("side", step, snapshot),
+                lambda _: store.save("side", 1, snapshot),
                 lambda ticket: ticket.result(PATIENCE_S),
             ),
             ".cpu() and save_file": (plain, lambda _: None),
         }
         if checkpoint is not None:
-            ways["torch async_save"] = (lambda step: checkpoint(snapshot, folder / f"{step}"), finished)
+            ways["torch async_save"] = (lambda _: checkpoint(snapshot, folder / "checkpoint"), finished)
         for step in range(rounds + 1):
             for name, (begin, end) in ways.items():
                 took = _held_and_whole(partial(begin, step), end)

@@ -3,8 +3,8 @@
     from -> to             function              thread
     -       -> STAGING     reserve               caller: charges jobs and bytes, waits for room until its deadline
     STAGING -> QUEUED      admit                 caller or device thread: readable from here
-    STAGING -> CANCELLED   admit                 its life has ended, or a later save of its key is here already
-    STAGING -> FAILED      abandon               caller or device thread
+    STAGING -> CANCELLED   admit, abandon        its life has ended, or a later save of its key is here already
+    STAGING -> FAILED      abandon               caller, or whoever has taken the end of a device's copy
     QUEUED  -> WRITING     claim                 writer, which holds the life's `busy` from here to its settling
     QUEUED  -> CANCELLED   begin_cleanup         cleaner: drain, forget, mark and count in one critical section
     QUEUED  -> CANCELLED   admit                 by a later save of the same key

@@ -11,10 +11,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from devices import wait_for  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch_tensors import bytes_of, variety  # noqa: E402
 
-from snapstore import SnapshotStore  # noqa: E402
+from snapstore import SnapshotStore, StoreOptions  # noqa: E402
 from snapstore._format import ITEM_BYTES, Layout  # noqa: E402
 from snapstore.adapters import _torch_cuda, device_named, devices_of  # noqa: E402
 from snapstore.adapters._torch import _DTYPES, ADAPTER  # noqa: E402
@@ -162,3 +163,95 @@ def test_a_load_to_a_gpu_that_is_not_there_says_so(root: Path) -> None:
             store.load("request", 1, device="cuda:0")
         assert not [each for each in threading.enumerate() if "device" in each.name]
         assert store.load("request", 1).tensors["a"].tolist() == [0, 0, 0]
+
+
+# -- the CUDA device itself, with the host in the place of torch.cuda -------------------------------------------------
+
+
+class StandInEvent:
+    """Reached at once."""
+
+    def __init__(self) -> None:
+        self.recorded = False
+
+    def record(self, stream: object) -> None:
+        self.recorded = True
+
+    def query(self) -> bool:
+        return self.recorded
+
+
+class StandInStream:
+    def __init__(self, index: int = 0) -> None:
+        self.waited: list[StandInEvent] = []
+
+    def wait_event(self, event: StandInEvent) -> None:
+        assert event.recorded
+        self.waited.append(event)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class StandInRuntime:
+    """``cudart``, with a note of what is pinned."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        assert address not in self.pinned and flags == 1
+        self.pinned[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.pinned[address]
+        return 0
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> StandInRuntime:
+    """Every tensor is on "CUDA", which is the host: the calls are real but for torch.cuda's own."""
+    runtime, stream = StandInRuntime(), StandInStream()
+    device = _torch_cuda.CudaDevice(0)
+    device.name = "cpu"
+    for name, stand_in in {
+        "Event": StandInEvent,
+        "Stream": StandInStream,
+        "current_stream": lambda index: stream,
+        "stream": lambda stream: stream,
+        "set_stream": lambda stream: None,
+        "set_device": lambda index: None,
+        "current_device": lambda: 0,
+        "is_current_stream_capturing": lambda: False,
+        "cudart": lambda: runtime,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(_torch_cuda, "driver_library", lambda: None)
+    monkeypatch.setattr(_torch_cuda, "devices_of", lambda tensors: [device] * len(tensors) or None)
+    monkeypatch.setattr(_torch_cuda, "device_named", lambda name: device)
+    return runtime
+
+
+@pytest.mark.parametrize("borrow", [False, True])
+@pytest.mark.parametrize("pinned_bytes", [0, 1024 * 1024])
+def test_the_cuda_device_brings_every_kind_of_tensor_there_and_back(
+    root: Path, runtime: StandInRuntime, borrow: bool, pinned_bytes: int
+) -> None:
+    tensors = variety()
+    store = SnapshotStore(root, StoreOptions(max_pinned_bytes=pinned_bytes))
+    store.save("warm", 0, {"a": torch.zeros(1)}).result(10)
+    wait_for(lambda: store.stats().pinned_bytes == pinned_bytes)
+    ticket = store.save("request", 64, tensors, borrow=borrow)
+    assert ticket.wait_released(10) and ticket.result(10)
+    for loaded in (store.load("request", 64).tensors, store.load("request", 64, device="cuda").tensors):
+        assert list(loaded) == list(tensors)
+        for name, tensor in tensors.items():
+            assert (loaded[name].dtype, loaded[name].shape) == (tensor.dtype, tensor.shape), name
+            assert bytes_of(loaded[name]) == bytes_of(tensor), name
+    assert sum(runtime.pinned.values()) == pinned_bytes
+    assert store.stats().pageable_copies == (1 if pinned_bytes else 2)
+    report = store.shutdown(cleanup=True)
+    assert report.clean and runtime.pinned == {}

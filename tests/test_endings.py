@@ -388,7 +388,7 @@ def test_trash_is_emptied_in_the_time_that_is_left_and_no_longer(root: Path, fil
 
 def test_a_removal_of_the_session_that_fails_is_in_the_report(root: Path, files: FaultyFileSystem) -> None:
     for operation, path in (("rename", ".dead-"), ("unlink", ".dead-")):
-        store = SnapshotStore(root, file_system=files)
+        store = SnapshotStore(root, StoreOptions(leftovers="keep"), file_system=files)
         save(store, ("a", 1), 1).result(10)
         files.fail(operation, errno.EACCES, path)
         report = store.shutdown(cleanup=True)

@@ -128,9 +128,6 @@ class FakeDevice:
         self._rules: list[_Rule] = []
         self._poison: BaseException | None = None
 
-    def __repr__(self) -> str:
-        return f"<FakeDevice {self.name}>"
-
     # -- for the test -------------------------------------------------------------------------------------------
 
     def tensor(self, array: npt.ArrayLike) -> FakeTensor:

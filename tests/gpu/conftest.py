@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch")
-
-from gpu_tools import open_store, wake  # noqa: E402
-
-from snapstore import SnapshotStore  # noqa: E402
+from snapstore import SnapshotStore
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cuda_is_awake(request: pytest.FixtureRequest) -> None:
+def cuda_is_awake() -> bool:
+    import torch
+    from gpu_tools import wake
+
     if torch.cuda.is_available():
         wake()
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +27,13 @@ def no_leaked_descriptor(no_stray_file: None) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_leaked_device_memory(cuda_is_awake: None) -> Iterator[None]:
+def no_leaked_device_memory(cuda_is_awake: bool) -> Iterator[None]:
     """What a test allocated on the device is free again when it is over."""
-    if not torch.cuda.is_available():
+    if not cuda_is_awake:
         yield
         return
+    import torch
+
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -43,5 +45,7 @@ def no_leaked_device_memory(cuda_is_awake: None) -> Iterator[None]:
 
 @pytest.fixture
 def store(root: Path) -> Iterator[SnapshotStore]:
+    from gpu_tools import open_store
+
     with open_store(root) as store:
         yield store
