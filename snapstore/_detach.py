@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from snapstore import _paths
@@ -42,10 +43,8 @@ def _copy_out(files: FileSystem, path: str, target: str) -> None:
             files.sync_data(copy)
         files.rename(staged, target)
     except BaseException:
-        try:
+        with suppress(FileNotFoundError):  # it may never have come to be
             files.unlink(staged)
-        except FileNotFoundError:
-            pass  # it never came to be
         raise
 
 

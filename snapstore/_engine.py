@@ -115,7 +115,7 @@ class Engine:
         return self._report
 
     def let_go(self) -> None:
-        """The store was dropped, or the interpreter ends: the threads write what is accepted and leave. Never blocks."""
+        """The store was dropped, or the interpreter ends: the threads write what is accepted, and go. Never blocks."""
         if self._ending.locked():
             return
         self.state.close("the store was dropped without shutdown")

@@ -152,7 +152,7 @@ class FileSystem:
         return os.fstat(fd).st_dev
 
     def file_system_type(self, fd: int) -> str:
-        """Name of the file system that an open file is on (``ext4``, ``nfs4``, ...); empty where it is not to be known."""
+        """Name of the file system that an open file is on (``ext4``, ``nfs4``, ...); empty if it is not to be known."""
         if sys.platform != "linux":
             return ""
         mount = str(self.mount_id(fd))
@@ -164,7 +164,7 @@ class FileSystem:
 
 
 def _private(fd: int) -> int:
-    """A file that was just made, of mode 0600 also where the umask took more away. To look costs no trip to the disk."""
+    """A file that was just made, of mode 0600 whatever the umask took away. To look costs no trip to the disk."""
     try:
         if stat.S_IMODE(os.fstat(fd).st_mode) != 0o600:
             os.fchmod(fd, 0o600)

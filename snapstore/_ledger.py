@@ -80,14 +80,20 @@ class Ledger:
         self.latencies = self.latencies.with_one(name, seconds)
 
     def publish(
-        self, room: Room, *, live_requests: int, writing_since_s: float | None, closing: str | None
+        self,
+        room: Room,
+        *,
+        cancelled_in_hand: int,
+        live_requests: int,
+        writing_since_s: float | None,
+        closing: str | None,
     ) -> Published:
         """This moment, as an immutable value."""
         return Published(
             self.accepted, self.accepted_bytes, self.committed, self.committed_bytes,
             self.cancelled, self.cancelled_bytes, self.failed, self.failed_bytes,
             len(room.in_flight), room.pending_bytes, self.rejected, self.rejected_bytes,
-            int(writing_since_s is not None), live_requests, self.live_snapshots,
+            int(writing_since_s is not None), cancelled_in_hand, live_requests, self.live_snapshots,
             self.session_bytes, self.trash_bytes, self.cleanup_timeouts, self.writer_restarts,
             room.oldest_since_s, writing_since_s,
             self.write_error or self.removal_error, self.free_bytes, closing,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from xxhash import xxh3_64
 
-from snapstore._checksum import DIGITS
 from snapstore._errors import SnapshotCorruptError
 from snapstore._files import FileSystem, opened, read_exactly
 from snapstore._format import (

@@ -121,6 +121,7 @@ class Published(NamedTuple):
     rejected: int = 0
     rejected_bytes: int = 0
     in_flight: int = 0
+    cancelled_in_hand: int = 0
     live_requests: int = 0
     live_snapshots: int = 0
     session_bytes: int = 0

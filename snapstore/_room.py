@@ -1,4 +1,4 @@
-"""Room for saves that are not on disk yet: who is in, who waits, what the limits say. Used under the state lock only."""
+"""Room for saves that are not on disk yet: who is in, who waits, what the limits say. For use under the state lock."""
 
 from __future__ import annotations
 

@@ -22,9 +22,10 @@ A *life* is one generation of a request id, from its first save to the cleanup t
     It belongs to a generation, not to the store, so that nobody ever waits for another request's write.
  3. A path contains its generation; generations are never reused. Removing a dead one can not touch a later save.
  4. A job is current iff its life is alive and is the life of its request id. Only current jobs commit.
- 5. `cancelled_in_hand[generation]` = jobs of it that are WRITING and not current. Drained jobs are never counted; at zero
-    the key goes, and whoever takes it there hands the dead life to the sweeper.
- 6. `pending_bytes` = bytes in STAGING + QUEUED + WRITING, within the limit unless one job is alone. Charged before the copy.
+ 5. `cancelled_in_hand[generation]` = jobs of it that are WRITING and not current. Drained jobs are never counted; at
+    zero the key goes, and whoever takes it there hands the dead life to the sweeper.
+ 6. `pending_bytes` = bytes in STAGING + QUEUED + WRITING, within the limit unless one job is alone. Charged before the
+    copy.
  7. A key is readable from `admit` until its life ends; entries leave by identity (`pending[key] is job`), never by key.
     A job that is on its way from a device is listed from `on_its_way`, and a reader waits for it.
     The later accepted save of a key wins, whatever order they are admitted in.
@@ -209,7 +210,7 @@ class State:
         return job.life.alive
 
     def commit(self, job: Job, info: SnapshotInfo, disk_bytes: int) -> bool:
-        """``WRITING -> COMMITTED`` if the job is current. False: the writer undoes the file, then ``finish_cancelled``."""
+        """``WRITING -> COMMITTED`` if the job is current. False: the writer undoes its file, and says so."""
         settled: _Settled = []
         with self._lock:
             life, token_count = job.life, job.key.token_count
@@ -227,7 +228,7 @@ class State:
         return True
 
     def finish_cancelled(self, job: Job) -> None:
-        """``WRITING -> CANCELLED``: its file is undone. Takes the counter down and lets the dead life go to the sweeper."""
+        """``WRITING -> CANCELLED``: its file is undone. The counter goes down, the dead life to the sweeper."""
         settled: _Settled = []
         with self._lock:
             self._cancel_locked(job, settled)
@@ -253,7 +254,7 @@ class State:
             return self._writing[0] if self._writing else None
 
     def writer_died(self, error: BaseException, *, for_good: bool) -> None:
-        """The writer thread ended by a bug. Its job fails; ``for_good``: everything accepted does, and the store closes."""
+        """The writer thread ended by a bug. Its job fails; ``for_good``: all that is accepted, and the store closes."""
         settled: _Settled = []
         with self._lock:
             self._ledger.write_error = in_words(error)
@@ -536,7 +537,7 @@ class State:
             return self._rest.wait_for(lambda: self._staging == 0, timeout_s)
 
     def abandon_rest(self) -> tuple[SnapshotKey, ...]:
-        """Shutdown's deadline: what is queued is cancelled, what is staged will be; the keys of all that is in flight."""
+        """Shutdown's deadline: what is queued is cancelled, what is staged will be; the keys of all in flight."""
         settled: _Settled = []
         with self._lock:
             self._writer_may_end = True
@@ -786,6 +787,7 @@ class State:
     def _publish_locked(self) -> None:
         self.published = self._ledger.publish(
             self._room,
+            cancelled_in_hand=self.cancelled_in_hand.total(),
             live_requests=len(self._lives),
             writing_since_s=self._writing[1] if self._writing else None,
             closing=self._closing,

@@ -288,7 +288,7 @@ class SnapshotStore:
         return self._engine.clean(None, timeout_or(timeout_s, self._options.cleanup_all_timeout_s))
 
     def shutdown(self, *, cleanup: bool = False, timeout_s: float | None = None) -> ShutdownReport:
-        """End the store within ``timeout_s`` (``shutdown_timeout_s`` by default). Once; later callers get the same report.
+        """End the store within ``timeout_s`` (``shutdown_timeout_s`` by default), once; later callers get that report.
 
         Refuses new saves, then writes what is accepted, or with ``cleanup`` forgets everything and removes the session
         directory; then stops its threads. Without ``cleanup`` the files stay, for the next store to adopt or discard.

@@ -122,6 +122,7 @@ class ShutdownReport:
 class StoreStats:
     """One moment of a store. ``accepted == committed + cancelled + failed + pending``, in jobs and in bytes.
 
+    ``in_flight`` is what the writer has in hand, ``cancelled_in_hand`` how much of it is being undone.
     Bytes are tensor bytes, but ``session_bytes`` and ``trash_bytes``, which are blocks on disk. The last four are of
     the devices, at a moment of their own: saves that wait for a device's copy, memory kept because a device may still
     touch it, copies that went through memory that was not pinned, and host memory that is.
@@ -140,6 +141,7 @@ class StoreStats:
     rejected: int
     rejected_bytes: int
     in_flight: int
+    cancelled_in_hand: int
     live_requests: int
     live_snapshots: int
     session_bytes: int

@@ -70,7 +70,8 @@ def install_sigterm_handler(
         raise ValueError("a signal handler can be installed in the main thread only; call this at start-up")
     for store in stores:
         if not isinstance(store, SnapshotStore):
-            raise TypeError(f"stores must be SnapshotStore, not {type(store).__name__}")
+            kind = type(store).__name__
+            raise TypeError(f"stores must be SnapshotStore (`.store` of an AsyncSnapshotStore), not {kind}")
         store._engine.check_process()
     if not stores:
         raise ValueError("name at least one store to end at SIGTERM")

@@ -29,10 +29,10 @@ def assert_same(snapshot: Snapshot, expected: dict[str, Any]) -> None:
 
 
 def files_below(path: Path) -> list[str]:
-    """Every snapshot file, temporary file and piece of trash of a session, by its path below it; it may change meanwhile."""
+    """Every snapshot, temporary file and piece of trash of a session, by path; it may change meanwhile."""
     housekeeping = {"owner.lock", "owner.json"}
     return sorted(
-        os.path.relpath(os.path.join(folder, name), path)
+        (Path(folder) / name).relative_to(path).as_posix()
         for folder, _, names in os.walk(path)
         for name in names
         if name not in housekeeping

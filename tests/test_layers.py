@@ -123,7 +123,8 @@ MAY_TOUCH = {
     "asgi": {".read_text"},
     "signals": {"os.close", "os.read", "os.write"},
 }
-"""Exceptions, call by call: a package's own page; a forked child drops its copy of the lock; ``/proc`` and ``/sys`` are no disks, nor is a pipe."""
+"""Exceptions, call by call: a package's own page; a forked child drops its copy of the lock; ``/proc`` and ``/sys`` are
+no disks, nor is a pipe."""
 
 NAMES_ON_DISK = {
     value

@@ -68,25 +68,26 @@ def test_locks_that_keep_nobody_out(empty: Path, untimed: None) -> None:
 
 
 class Torn(FileSystem):
-    """Renames in two steps, and waits in between until a reader has come by."""
+    """Makes its first rename in two steps, and waits in between until a reader has come by."""
 
     def __init__(self) -> None:
         self.looked = threading.Event()
-        self.between = False
+        self.first = True
 
     def open_read(self, path: str, *, dir_fd: int | None = None) -> int:
         try:
             return super().open_read(path, dir_fd=dir_fd)
         finally:
-            if self.between:
-                self.looked.set()
+            self.looked.set()
 
     def rename(
         self, source: str, destination: str, *, from_fd: int | None = None, to_fd: int | None = None
     ) -> None:
-        self.prepare(destination, to_fd)
-        self.between = True
-        self.looked.wait(10)
+        if self.first:
+            self.first = False
+            self.prepare(destination, to_fd)
+            self.looked.clear()
+            self.looked.wait(2)  # in vain if the reader has seen enough already
         super().rename(source, destination, from_fd=from_fd, to_fd=to_fd)
 
     def prepare(self, destination: str, to_fd: int | None) -> None:

@@ -91,7 +91,6 @@ def test_shutdown_with_a_pinned_writer_returns_in_time_and_says_what_it_left(
         assert isinstance(queued.exception(5), SaveCancelledError)
         assert (store.session / "owner.lock").exists()
     pinned.exception(10)
-    store._engine.join_briefly(10)
     assert [name for name in files_below(store.session) if name.startswith(".tmp")] == []
 
 
@@ -151,7 +150,6 @@ def test_shutdown_all_ends_every_store_though_one_is_stuck(root: Path, files: Fa
         gate.wait_reached()
         reports = snapstore.shutdown_all([others[0], stuck, *others[1:]], cleanup=True)
         assert [report.clean for report in reports] == [True, False, True, True]
-    stuck._engine.join_briefly(10)
 
 
 def test_a_snapshot_that_was_loaded_outlives_the_store(root: Path) -> None:

@@ -35,7 +35,14 @@ from snapstore._files import FileSystem
 from snapstore.testing import FaultyFileSystem
 
 ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE]
-WRITING = ["create", "write", "status", "close", "make_directory", "rename"]
+WRITING = {
+    "create": ".tmp",
+    "write": ".tmp",
+    "status": ".tmp",
+    "close": ".tmp",
+    "make_directory": ".g",
+    "rename": ".tmp",
+}
 
 
 @pytest.fixture
@@ -294,7 +301,7 @@ def test_a_save_that_the_disk_refuses_fails_with_its_cause_and_nothing_else_does
     caplog.set_level(logging.INFO, "snapstore")
     store.save("request", 1, tensors(1)).result(10)
     when: Any = "after" if operation == "close" else "before"
-    files.fail(operation, number, times=4, when=when)
+    files.fail(operation, number, WRITING[operation], times=4, when=when)
     tickets = [store.save("request", token_count, tensors(9)) for token_count in (1, 2, 3, 4)]
     assert [cause_of(ticket) for ticket in tickets] == [number] * 4
     assert store.health().status == "degraded" and os.strerror(number) in store.health().reasons[0]
@@ -309,7 +316,7 @@ def test_a_save_that_the_disk_refuses_fails_with_its_cause_and_nothing_else_does
     assert store.health().status == "ok"
     assert_same(store.load("request", 1), tensors(2))
     assert len(warnings_in(caplog)) == 1
-    files.fail(operation, number, when=when)
+    files.fail(operation, number, WRITING[operation], when=when)
     assert cause_of(store.save("request", 1, tensors(3))) == number
     assert len(warnings_in(caplog)) == 2, "the next change"
 

@@ -91,7 +91,7 @@ def test_at_rest_every_file_belongs_to_a_live_entry_and_every_live_entry_has_its
     assert store.cleanup_request("request-0", timeout_s=30).clean
     wait_for_empty_trash(store)
     assert_at_rest(store)
-    assert store._state.cancelled_in_hand == {}
+    assert store.stats().cancelled_in_hand == 0
     for number in range(REQUESTS):
         for boundary in store.boundaries(f"request-{number}"):
             assert store.load(f"request-{number}", boundary).source == "disk"
