@@ -122,5 +122,5 @@ def test_staging_buffers_are_reused_within_what_may_be_kept() -> None:
     assert pool.idle_bytes == 0
     pool.give_back(first)
     assert pool.idle_bytes == len(first) >= 210_000
-    pool.clear()
+    pool.close()
     assert pool.idle_bytes == 0
