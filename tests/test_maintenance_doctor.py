@@ -68,39 +68,57 @@ def test_locks_that_keep_nobody_out(empty: Path, untimed: None) -> None:
 
 
 class Torn(FileSystem):
-    """Makes its first rename in two steps, and waits in between until a reader has come by."""
+    """Makes its first rename in two steps, and waits in between until a reader has missed the name."""
 
     def __init__(self) -> None:
-        self.looked = threading.Event()
+        self.met = threading.Event()
         self.first = True
 
     def open_read(self, path: str, *, dir_fd: int | None = None) -> int:
         try:
             return super().open_read(path, dir_fd=dir_fd)
-        finally:
-            self.looked.set()
+        except FileNotFoundError:
+            self.met.set()
+            raise
 
     def rename(
         self, source: str, destination: str, *, from_fd: int | None = None, to_fd: int | None = None
     ) -> None:
         if self.first:
             self.first = False
-            self.prepare(destination, to_fd)
-            self.looked.clear()
-            self.looked.wait(2)  # in vain if the reader has seen enough already
+            self.half_way(destination, to_fd)
         super().rename(source, destination, from_fd=from_fd, to_fd=to_fd)
 
-    def prepare(self, destination: str, to_fd: int | None) -> None:
+    def half_way(self, destination: str, to_fd: int | None) -> None:
         os.unlink(destination, dir_fd=to_fd)
+        assert self.met.wait(10)
 
 
 class Mixing(Torn):
-    """Overwrites one half first."""
+    """Overwrites one half first, and waits until a reader who opened the file after that has read it."""
 
-    def prepare(self, destination: str, to_fd: int | None) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: set[int] = set()
+        self.half = False
+
+    def open_read(self, path: str, *, dir_fd: int | None = None) -> int:
+        fd = super().open_read(path, dir_fd=dir_fd)
+        if self.half:
+            self.opened.add(fd)
+        return fd
+
+    def close(self, fd: int) -> None:
+        super().close(fd)
+        if fd in self.opened:
+            self.met.set()
+
+    def half_way(self, destination: str, to_fd: int | None) -> None:
+        self.half = True
         fd = os.open(destination, os.O_WRONLY, dir_fd=to_fd)
         os.write(fd, b"x" * 2048)
         os.close(fd)
+        self.met.wait(2)  # in vain if a reader saw it who had opened the file before, and looks no more
 
 
 @pytest.mark.parametrize(("kind", "words"), [(Torn, "was gone"), (Mixing, "parts of two files")])
