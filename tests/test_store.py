@@ -130,6 +130,24 @@ def test_a_loaded_snapshot_survives_the_truncation_of_its_file(store: SnapshotSt
     assert_same(snapshot, tensors(1, 1 << 20))
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's to tell")
+def test_a_load_takes_the_memory_of_its_file_and_no_more(store: SnapshotStore) -> None:
+    nbytes = 128 << 20
+    store.save("request", 1, {"state": np.arange(nbytes // 8)}).result(30)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident_kib("VmRSS")
+    snapshot = store.load("request", 1)
+    grown = resident_kib("VmHWM") - before
+    assert snapshot.tensors["state"][-1] == nbytes // 8 - 1
+    assert grown <= (nbytes >> 10) + 4096
+
+
+def resident_kib(name: str) -> int:
+    """A line of this process's status: what it occupies now, or did at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
 def test_saving_a_key_again_replaces_it(store: SnapshotStore) -> None:
     first = store.save("request", 1, tensors(1)).result(10)
     second = store.save("request", 1, tensors(2)).result(10)
