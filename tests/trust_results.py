@@ -1,6 +1,6 @@
 """Figures of the long runs, one small file a run: `docs/trust.md` is made of them, not typed.
 
-Only where the environment variable ``SNAPSTORE_TRUST_RESULTS`` names a folder: the ``make`` targets of the long runs set it.
+Only where the environment variable ``SNAPSTORE_TRUST_RESULTS`` names a folder: the ``make`` targets set it.
 """
 
 from __future__ import annotations
