@@ -24,6 +24,9 @@ import pytest
 from hypothesis import settings
 from processes import Processes
 
+from snapstore import SnapshotStore
+from snapstore.testing import FaultyFileSystem
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 ENDING_S = 2.0
 """How long a thread that has been told to end may take."""
@@ -47,6 +50,22 @@ def pytest_runtest_teardown() -> None:
 def root(tmp_path: Path) -> Path:
     """Where the test's stores live; not there yet."""
     return tmp_path / "root"
+
+
+@pytest.fixture
+def files() -> FaultyFileSystem:
+    """A disk that does what the test says."""
+    return FaultyFileSystem()
+
+
+@pytest.fixture
+def store(root: Path, files: FaultyFileSystem) -> Iterator[SnapshotStore]:
+    """An open store on that disk; in the end it must be able to leave nothing behind."""
+    store = SnapshotStore(root, file_system=files)
+    yield store
+    files.heal()
+    assert store.shutdown(cleanup=True).clean
+    assert not store.session.exists()
 
 
 @pytest.fixture(scope="session")

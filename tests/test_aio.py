@@ -35,11 +35,6 @@ from snapstore.testing import FakeDevice, FaultyFileSystem
 PATIENCE_S = 10.0
 
 
-@pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     async def bounded() -> None:
         await asyncio.wait_for(main(), 30)

@@ -26,11 +26,6 @@ SECONDS, WINDOWS = 2.5, 3
 MiB = 1024 * 1024
 
 
-@pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
 @contextmanager
 def served(
     root: Path, files: FaultyFileSystem, **options: Any

@@ -29,11 +29,6 @@ from snapstore.testing import FaultyFileSystem
 
 
 @pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
-@pytest.fixture
 def store(root: Path, files: FaultyFileSystem) -> Iterator[SnapshotStore]:
     store = SnapshotStore(root, StoreOptions(save_timeout_s=0.3), file_system=files)
     yield store

@@ -14,11 +14,6 @@ from snapstore._memory import BufferPool
 from snapstore.testing import FaultyFileSystem, Gate
 
 
-@pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
 def pinned_store(root: Path, files: FaultyFileSystem, **options: object) -> tuple[SnapshotStore, Gate]:
     """A store whose writer stands in its first write until the gate is opened."""
     store = SnapshotStore(root, StoreOptions(**options), file_system=files)  # type: ignore[arg-type]

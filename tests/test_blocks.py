@@ -23,11 +23,6 @@ KiB = 1024
 
 
 @pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
-@pytest.fixture
 def blocks(root: Path, files: FaultyFileSystem) -> Iterator[BlockStore]:
     blocks = BlockStore(root, file_system=files)
     yield blocks

@@ -32,20 +32,6 @@ GATES = [
 """Where a write can be stopped: before it has a file, in the middle of it, before and after it has its name."""
 
 
-@pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
-@pytest.fixture
-def store(root: Path, files: FaultyFileSystem):
-    store = SnapshotStore(root, file_system=files)
-    yield store
-    files.heal()
-    assert store.shutdown(cleanup=True).clean
-    assert not store.session.exists()
-
-
 def settle(store: SnapshotStore) -> None:
     """Everything accepted has an end, and the sweeper has put away what it was given."""
     assert store.flush(10)

@@ -30,11 +30,6 @@ CHANGED = 12345.0
 
 
 @pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
-@pytest.fixture
 def store(tmp_path: Path, files: FaultyFileSystem) -> Iterator[BoundarySnapshotSSDStore]:
     store = BoundarySnapshotSSDStore(tmp_path / "base", pending_max_bytes=1 << 20, file_system=files)
     yield store

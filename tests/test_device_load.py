@@ -28,11 +28,6 @@ def device() -> FakeDevice:
 
 
 @pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
-@pytest.fixture
 def store(root: Path, device: FakeDevice, files: FaultyFileSystem) -> Iterator[SnapshotStore]:
     with open_store(root, device, files=files) as store:
         yield store

@@ -37,11 +37,6 @@ def other() -> FakeDevice:
 
 
 @pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
-@pytest.fixture
 def store(
     root: Path, device: FakeDevice, other: FakeDevice, files: FaultyFileSystem
 ) -> Iterator[SnapshotStore]:

@@ -39,11 +39,6 @@ from snapstore.testing import FaultyFileSystem
 ADOPT = StoreOptions(leftovers="adopt")
 
 
-@pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
 def liveness_of(session: Path) -> str:
     return liveness(FileSystem(), str(session), read_record(FileSystem(), str(session)))
 

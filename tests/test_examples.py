@@ -45,19 +45,6 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
-@pytest.fixture
-def store(root: Path, files: FaultyFileSystem) -> Iterator[SnapshotStore]:
-    store = SnapshotStore(root, file_system=files)
-    yield store
-    files.heal()
-    assert store.shutdown(cleanup=True).clean
-
-
-@pytest.fixture
 def model(example: Any) -> Any:
     return example("tiny_hybrid").TinyHybrid()
 

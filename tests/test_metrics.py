@@ -45,11 +45,6 @@ def value(registry: CollectorRegistry, name: str, **labels: str) -> float:
     return scrape(registry)[f"snapstore_{name}", tuple(sorted(labels.items()))]
 
 
-@pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
 def test_counters_gauges_and_histograms_say_what_happened(root: Path, files: FaultyFileSystem) -> None:
     with SnapshotStore(root, file_system=files) as store:
         registry = registry_of(store)

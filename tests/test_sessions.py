@@ -27,11 +27,6 @@ ADOPT = StoreOptions(leftovers="adopt")
 KEEP = StoreOptions(leftovers="keep")
 
 
-@pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
 def leave_dead_session(processes: Processes, root: Path, request_ids: list[str] | None = None) -> Path:
     """A session with snapshots whose process has ended without a word."""
     child = processes.start("dies_with_snapshots", root=str(root), request_ids=request_ids)

@@ -18,11 +18,6 @@ from snapstore import SaveCancelledError, SaveState, SaveTicket, SnapshotStore, 
 from snapstore.testing import FaultyFileSystem
 
 
-@pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
 def test_shutdown_writes_what_was_accepted_and_keeps_the_files(root: Path, files: FaultyFileSystem) -> None:
     store = SnapshotStore(root, file_system=files)
     with files.pause("create", ".tmp") as gate:

@@ -46,11 +46,6 @@ WRITING = {
 
 
 @pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
-@pytest.fixture
 def store(root: Path, files: FaultyFileSystem):
     store = SnapshotStore(root, file_system=files)
     yield store

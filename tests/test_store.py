@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +30,6 @@ from snapstore import (
     UnsupportedTensorError,
 )
 from snapstore.testing import FaultyFileSystem
-
-
-@pytest.fixture
-def files() -> FaultyFileSystem:
-    return FaultyFileSystem()
-
-
-@pytest.fixture
-def store(root: Path, files: FaultyFileSystem) -> Iterator[SnapshotStore]:
-    store = SnapshotStore(root, file_system=files)
-    yield store
-    files.heal()
-    assert store.shutdown(cleanup=True).clean
 
 
 def nothing_was_reserved(store: SnapshotStore) -> bool:
