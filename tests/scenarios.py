@@ -1,7 +1,4 @@
-"""What stores do while something strikes: the same actions for faults in this process and for kills in another.
-
-The functions that take a ``Talk`` run in a child process (see ``processes``); those that take none, anywhere.
-"""
+"""What happens in child processes: the functions that take a ``Talk`` are started there (see ``processes``)."""
 
 from __future__ import annotations
 
@@ -15,253 +12,42 @@ import json
 import logging
 import os
 import resource
-import shutil
 import signal
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from helpers import assert_same, tensors
-from processes import PATIENCE_S, Processes, Talk
+from actions import (
+    ACTIONS,
+    BEFORE,
+    let_sweeper_finish,
+    save,
+    sessions_in,
+    stage_for,
+    version_of,
+)
+from helpers import tensors
+from processes import PATIENCE_S, Talk
 
 from snapstore import (
     RootError,
-    SaveFailedError,
     SaveState,
     SaveTicket,
-    SnapshotNotFoundError,
     SnapshotStore,
     SnapstoreError,
     StoreClosedError,
     StoreOptions,
 )
-from snapstore._engine import Engine
-from snapstore._state import State
 from snapstore.signals import install_sigterm_handler
 from snapstore.testing import FaultyFileSystem
 
-Key = tuple[str, int]
-
-BEFORE: dict[Key, int] = {("a", 1): 0, ("a", 2): 0, ("b", 1): 0}
-"""What is committed before an action begins: key -> version of its content."""
-
 _NEVER = threading.Event()
-
-
-def content(key: Key, version: int) -> dict[str, Any]:
-    """Differs for each key and version."""
-    return tensors(zlib.crc32(f"{key}{version}".encode()), 2048)
-
-
-def save(store: SnapshotStore, key: Key, version: int) -> SaveTicket:
-    return store.save(*key, content(key, version), metadata=version)
-
-
-def version_of(store: SnapshotStore, key: Key) -> int | None:
-    """Which version of the key is there, after a look at every bit of it; ``None``: none."""
-    try:
-        snapshot = store.load(*key)
-    except (SnapshotNotFoundError, SaveFailedError):
-        return None
-    assert_same(snapshot, content(key, snapshot.metadata))
-    return int(snapshot.metadata)
-
-
-def everything_in(store: SnapshotStore, keys: set[Key]) -> dict[Key, int | None]:
-    """Versions of these keys, and the proof that there is nothing else."""
-    found = {key: version_of(store, key) for key in keys}
-    assert store.stats().live_snapshots == sum(version is not None for version in found.values())
-    for request_id, token_count in keys:
-        listed = token_count in store.boundaries(request_id)
-        assert listed == (found[request_id, token_count] is not None)
-    return found
-
-
-def sessions_in(root: Path) -> list[Path]:
-    """Everything in a root but its marker: sessions, and what is left of some."""
-    return sorted(path for path in root.iterdir() if path.name != ".snapstore") if root.exists() else []
-
-
-def wait_until(predicate: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not predicate():
-        assert time.monotonic() < deadline_s, "it never came to be"
-        time.sleep(0.001)
-
-
-def assert_adoptable(root: Path, may_be: dict[Key, set[int | None]]) -> None:
-    """Whole or not there; what must be there is; and afterwards nothing is left beside the session that has it."""
-    store = SnapshotStore(root, StoreOptions(leftovers="adopt"))
-    found = everything_in(store, set(may_be))
-    assert all(version in may_be[key] for key, version in found.items()), found
-    wait_until(lambda: sessions_in(root) == [store.session])
-    assert save(store, ("next", 1), 0).result(PATIENCE_S)
-    report = store.shutdown(cleanup=True)
-    assert report.clean and report.session_removed, report
-    assert sessions_in(root) == []
-
-
-def engine_of(store: SnapshotStore) -> Engine:
-    """What is behind a store, for tests that break it."""
-    return store._engine  # noqa: SLF001 - users have no business there
-
-
-def state_of(store: SnapshotStore) -> State:
-    return engine_of(store).state
-
-
-# -- actions ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Stage:
-    """Where an action is made, and what it leaves to look at."""
-
-    root: Path
-    files: FaultyFileSystem
-    options: StoreOptions
-    store: SnapshotStore | None = None
-    tickets: dict[Key, SaveTicket] = field(default_factory=dict)
-    report: Any = None
-
-    @property
-    def opened(self) -> SnapshotStore:
-        assert self.store is not None
-        return self.store
-
-    def open(self) -> SnapshotStore:
-        self.store = SnapshotStore(self.root, self.options, file_system=self.files)
-        return self.store
-
-
-def open_with_snapshots(stage: Stage) -> None:
-    store = stage.open()
-    for key, version in BEFORE.items():
-        save(store, key, version).result(PATIENCE_S)
-
-
-def open_nothing_yet(stage: Stage) -> None:
-    """The store is opened by the action itself."""
-
-
-def save_and_replace(stage: Stage) -> None:
-    for key in (("a", 3), ("a", 1), ("c", 1)):
-        stage.tickets[key] = save(stage.opened, key, 1)
-    assert stage.opened.flush(PATIENCE_S)
-
-
-def clean_one_request(stage: Stage) -> None:
-    stage.report = stage.opened.cleanup_request("a", timeout_s=PATIENCE_S)
-    let_sweeper_finish(stage.opened)
-
-
-def let_sweeper_finish(store: SnapshotStore) -> None:
-    """Until it has looked at all that it was given. It takes a second request when it is done with the first."""
-    state = state_of(store)
-    for _ in range(2):
-        state.ask_sweeper()
-        wait_until(lambda: not state._sweep_asked)  # noqa: SLF001 - nothing else tells that a request was taken
-
-
-def shut_down(stage: Stage) -> None:
-    stage.tickets["c", 1] = save(stage.opened, ("c", 1), 1)
-    stage.report = stage.opened.shutdown(timeout_s=PATIENCE_S)
-
-
-def shut_down_with_cleanup(stage: Stage) -> None:
-    stage.report = stage.opened.shutdown(cleanup=True, timeout_s=PATIENCE_S)
-
-
-def open_beside_leftovers(stage: Stage) -> None:
-    let_sweeper_finish(stage.open())
-
-
-@dataclass(frozen=True)
-class Action:
-    """What is done, and which versions of each key may be there whenever it is interrupted."""
-
-    act: Callable[[Stage], None]
-    may_be: dict[Key, set[int | None]]
-    prepare: Callable[[Stage], None] = open_with_snapshots
-    leftovers: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def _all_of(*versions: int | None) -> dict[Key, set[int | None]]:
-    return {key: set(versions) for key in BEFORE}
-
-
-_SAVED: dict[Key, set[int | None]] = {
-    **_all_of(0),
-    ("a", 1): {0, 1},
-    ("a", 3): {None, 1},
-    ("c", 1): {None, 1},
-}
-
-ACTIONS = {
-    "save": Action(save_and_replace, _SAVED),
-    "save durably": Action(save_and_replace, _SAVED, options={"durability": "full"}),
-    "cleanup": Action(clean_one_request, {**_all_of(None, 0), ("b", 1): {0}}),
-    "shutdown": Action(shut_down, {**_all_of(0), ("c", 1): {None, 1}}),
-    "shutdown with cleanup": Action(shut_down_with_cleanup, _all_of(None, 0)),
-    "open": Action(open_beside_leftovers, {}, open_nothing_yet),
-    "reclaim": Action(open_beside_leftovers, _all_of(None, 0), open_nothing_yet, leftovers=True),
-    "adopt": Action(
-        open_beside_leftovers, _all_of(0), open_nothing_yet, leftovers=True, options={"leftovers": "adopt"}
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Spot:
-    """One operation of an action: which, and how many of its kind were made before it."""
-
-    operation: str
-    skip: int
-
-
-def template_for(action: str, processes: Processes, path: Path) -> Path:
-    """A root as it is before the action, to be copied: what takes time is done once."""
-    if ACTIONS[action].leftovers:
-        child = processes.start("dies_with_snapshots", root=str(path))
-        assert child.says().startswith("saved") and child.wait() == 0
-    elif action != "open":
-        SnapshotStore(path).shutdown()
-    return path
-
-
-def copied(template: Path, root: Path) -> Path:
-    if template.exists():
-        shutil.copytree(template, root)
-    return root
-
-
-def stage_for(action: Action, root: str | Path) -> Stage:
-    stage = Stage(Path(root), FaultyFileSystem(), StoreOptions(**action.options))
-    action.prepare(stage)
-    return stage
-
-
-CHANGING = frozenset(
-    (
-        *("close", "create", "link", "lock", "make_directory", "open_lock", "rename", "remove_directory"),
-        *("sync_data", "sync_directory", "tighten", "unlink", "write"),
-    )
-)
-"""What changes what a kill leaves behind: one before anything else leaves what one before the next of these leaves."""
-
-
-def spots_of(calls: list[str]) -> list[Spot]:
-    """Every operation of an action that went through undisturbed, in order."""
-    return [Spot(operation, calls[:index].count(operation)) for index, operation in enumerate(calls)]
 
 
 # -- children ---------------------------------------------------------------------------------------------------------

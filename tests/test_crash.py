@@ -10,8 +10,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from processes import Processes
-from scenarios import (
+from actions import (
     ACTIONS,
     CHANGING,
     Key,
@@ -24,6 +23,7 @@ from scenarios import (
     template_for,
     wait_until,
 )
+from processes import Processes
 
 from snapstore import SnapshotStore, StoreOptions
 

@@ -17,18 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from actions import assert_adoptable, engine_of, everything_in, save, sessions_in, version_of, wait_until
 from helpers import files_below
 from processes import Processes
-from scenarios import (
-    assert_adoptable,
-    cause_of,
-    engine_of,
-    everything_in,
-    save,
-    sessions_in,
-    version_of,
-    wait_until,
-)
+from scenarios import cause_of
 
 import snapstore
 from snapstore import SaveCancelledError, SaveState, ShutdownReport, SnapshotStore, StoreOptions

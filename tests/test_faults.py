@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from processes import PATIENCE_S, Processes
-from scenarios import (
+from actions import (
     ACTIONS,
     BEFORE,
     Spot,
@@ -23,6 +22,7 @@ from scenarios import (
     stage_for,
     template_for,
 )
+from processes import PATIENCE_S, Processes
 
 from snapstore import RootError, SaveFailedError, SaveState
 

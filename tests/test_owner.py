@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from actions import BEFORE, everything_in, sessions_in, wait_until
 from processes import Processes
-from scenarios import BEFORE, everything_in, sessions_in, wait_until
 
 from snapstore import SnapshotStore, StoreOptions
 from snapstore._files import FileSystem

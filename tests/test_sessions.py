@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from actions import BEFORE, engine_of, everything_in, let_sweeper_finish, save, sessions_in, wait_until
 from helpers import assert_same, files_below, tensors
 from processes import Processes
-from scenarios import BEFORE, engine_of, everything_in, let_sweeper_finish, save, sessions_in, wait_until
 
 from snapstore import RootError, SnapshotNotFoundError, SnapshotStore, StoreOptions
 from snapstore.testing import FaultyFileSystem

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from actions import assert_adoptable, engine_of, save, sessions_in, state_of, wait_until
 from helpers import tensors
 from processes import Child, Processes
-from scenarios import assert_adoptable, engine_of, save, sessions_in, state_of, wait_until
 
 from snapstore import SaveState, SnapshotStore, StoreClosedError, StoreOptions
 from snapstore._files import FileSystem

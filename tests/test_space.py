@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from actions import engine_of, let_sweeper_finish, sessions_in, state_of, wait_until
 from helpers import assert_same, files_below, tensors
 from processes import TESTS, Processes
-from scenarios import cause_of, engine_of, let_sweeper_finish, sessions_in, state_of, wait_until
+from scenarios import cause_of
 
 from snapstore import (
     DiskQuotaError,
