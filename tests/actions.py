@@ -15,6 +15,7 @@ from processes import PATIENCE_S, Processes
 
 from snapstore import (
     SaveFailedError,
+    SaveState,
     SaveTicket,
     SnapshotNotFoundError,
     SnapshotStore,
@@ -105,6 +106,8 @@ class Stage:
     store: SnapshotStore | None = None
     tickets: dict[Key, SaveTicket] = field(default_factory=dict)
     report: Any = None
+    say: Callable[..., None] = lambda *words: None
+    """Hears of what a user was told: ``committed REQUEST TOKENS VERSION``, ``cleaned REQUEST``."""
 
     @property
     def opened(self) -> SnapshotStore:
@@ -114,6 +117,12 @@ class Stage:
     def open(self) -> SnapshotStore:
         self.store = SnapshotStore(self.root, self.options, file_system=self.files)
         return self.store
+
+    def save(self, key: Key, version: int) -> None:
+        ticket = self.tickets[key] = save(self.opened, key, version)
+        ticket.add_done_callback(
+            lambda each: each.state is SaveState.COMMITTED and self.say("committed", *key, version)
+        )
 
 
 def open_with_snapshots(stage: Stage) -> None:
@@ -128,12 +137,14 @@ def open_nothing_yet(stage: Stage) -> None:
 
 def save_and_replace(stage: Stage) -> None:
     for key in (("a", 3), ("a", 1), ("c", 1)):
-        stage.tickets[key] = save(stage.opened, key, 1)
+        stage.save(key, 1)
     assert stage.opened.flush(PATIENCE_S)
 
 
 def clean_one_request(stage: Stage) -> None:
     stage.report = stage.opened.cleanup_request("a", timeout_s=PATIENCE_S)
+    if stage.report.clean:
+        stage.say("cleaned", "a")
     let_sweeper_finish(stage.opened)
 
 
@@ -146,7 +157,7 @@ def let_sweeper_finish(store: SnapshotStore) -> None:
 
 
 def shut_down(stage: Stage) -> None:
-    stage.tickets["c", 1] = save(stage.opened, ("c", 1), 1)
+    stage.save(("c", 1), 1)
     stage.report = stage.opened.shutdown(timeout_s=PATIENCE_S)
 
 

@@ -79,6 +79,34 @@ def acts(talk: Talk, root: str, action: str, operation: str | None = None, skip:
     _NEVER.wait()
 
 
+def acts_when_told(talk: Talk, root: str, action: str, thread: str) -> None:
+    """Makes an action; the thread of that name says its number and waits for a word before it touches the disk."""
+
+    def wait() -> None:
+        talk.say("thread", threading.get_native_id())
+        talk.hear()
+
+    def begins(frame: object, event: str, arg: object) -> None:
+        sys.setprofile(None)
+        if threading.current_thread().name == thread:
+            threading.setprofile(None)
+            wait()
+
+    stage = stage_for(ACTIONS[action], root)
+    stage.say = talk.say
+    running = {each.name: each for each in threading.enumerate()}
+    if thread == threading.main_thread().name:
+        wait()
+    elif thread in running:
+        talk.say("thread", running[thread].native_id)
+        talk.hear()
+    else:
+        threading.setprofile(begins)
+    ACTIONS[action].act(stage)
+    talk.say("done")
+    _NEVER.wait()
+
+
 def hammers(talk: Talk, root: str, seed: int) -> None:
     """Four threads save, replace and clean until the process is killed; what they have done is said as it is done.
 

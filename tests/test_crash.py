@@ -8,8 +8,10 @@ import threading
 from collections import Counter
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
+import tracing
 from actions import (
     ACTIONS,
     CHANGING,
@@ -24,6 +26,7 @@ from actions import (
     wait_until,
 )
 from processes import Processes
+from trust_results import record
 
 from snapstore import SnapshotStore, StoreOptions
 
@@ -79,6 +82,9 @@ def test_a_kill_at_any_operation_leaves_nothing_in_doubt(
             raise
         shutil.rmtree(root), shutil.rmtree(copy)
     assert reached >= 0.8 * len(chosen), f"{reached} of {len(chosen)} operations were reached"
+    record(
+        f"kills_at_operations_{action.replace(' ', '_')}", "make crash", kills=len(chosen), reached=reached
+    )
 
 
 def after(lines: list[str], before: dict[Key, set[int | None]]) -> dict[Key, set[int | None]]:
@@ -94,6 +100,51 @@ def after(lines: list[str], before: dict[Key, set[int | None]]) -> dict[Key, set
         else:
             may_be.update({key: may_be[key] | {None} if word == "cleaning" else {None} for key in own})
     return may_be
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", [100, pytest.param(1000, marks=pytest.mark.crash)])
+def test_kills_at_system_calls_leave_nothing_in_doubt(
+    processes: Processes, tmp_path: Path, kills: int
+) -> None:
+    """What its user was told is there when another store adopts it; nothing is left when another discards it.
+
+    Where nobody may trace, the kills are at operations of the seam.
+    """
+    templates = {action: template_for(action, processes, tmp_path / f"{action}-before") for action in ACTIONS}
+    traced = tracing.works()
+    where: list[tuple[str, Any]] = []
+    for action, template in templates.items():
+        for thread in tracing.DISK_THREADS[action] if traced else ():
+            root = copied(template, tmp_path / f"{action}-{thread}")
+            calls = tracing.calls_of(processes, action, thread, root, tmp_path / "trace")
+            where += [(action, call) for call in calls]
+        if not traced:
+            root = copied(template, tmp_path / f"{action}-undisturbed")
+            where += [(action, spot) for spot in spots(processes, action, root)]
+    figures = Counter(kills=0, places=len(where), told=0)
+    for number in range(kills):
+        action, place = where[number * len(where) // kills if kills < len(where) else number % len(where)]
+        root, copy = tmp_path / "root", tmp_path / "copy"
+        copied(templates[action], root)
+        if traced:
+            said = tracing.killed_at(processes, place, root)
+        else:
+            said = [] if killed_at(processes, action, root, place) else ["done"]
+        figures["kills"] += 1
+        figures["came too late"] += said[-1:] == ["done"]
+        told = [line for line in said if line != "done"]
+        figures["told"] += len(told)
+        copied(root, copy)
+        try:
+            assert_adoptable(root, after(told, ACTIONS[action].may_be))
+            assert_discardable(copy, action)
+        except BaseException as error:
+            error.args = (f"killed at {place}: {error}",)
+            raise
+        shutil.rmtree(root), shutil.rmtree(copy)
+    assert figures["came too late"] <= kills / 10 and figures["told"] >= kills / 10, figures
+    record("kills", "make crash", at="system calls" if traced else "operations", **figures)
 
 
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.crash)])
@@ -125,6 +176,7 @@ def test_kills_at_random_times_under_load_lose_nothing_that_was_committed(
         assert not wrong, wrong
         may_be = {key: {version} for key, version in found.items()}
     assert said["committed"] > kills and said["cleaned"] > kills / 10, f"the load was no load: {said}"
+    record("kills_under_load", "make crash", kills=kills, **said)
 
 
 def opened_and_left(root: Path, options: StoreOptions, keys: set[Key]) -> dict[Key, int | None]:
