@@ -1,17 +1,19 @@
 """Faults on demand, for snapstore's tests and for its users': a disk and a device that do what a test tells them.
 
-``FaultyFileSystem`` pauses, fails, delays and shortens file operations; ``FakeDevice`` (needs numpy) has tensors whose
-copies complete when the test says so. A ``Gate`` is where they stop a thread.
+``FaultyFileSystem`` pauses, fails, delays and shortens file operations; ``MemoryFileSystem`` is a disk in memory;
+``FakeDevice`` (needs numpy) has tensors whose copies complete when the test says so. A ``Gate`` is where they stop a
+thread.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from snapstore.testing._faults import OPERATIONS, FaultyFileSystem, Gate
+from snapstore.testing._memory import MemoryFileSystem
 
 if TYPE_CHECKING:
     from snapstore.testing._fake_device import FakeDevice, FakeTensor
 
-__all__ = ["OPERATIONS", "FakeDevice", "FakeTensor", "FaultyFileSystem", "Gate"]
+__all__ = ["OPERATIONS", "FakeDevice", "FakeTensor", "FaultyFileSystem", "Gate", "MemoryFileSystem"]
 
 
 def __getattr__(name: str) -> Any:
