@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
@@ -61,6 +60,8 @@ class SaveTicket:
 
     def __await__(self) -> Generator[object, None, SnapshotInfo]:
         """Await the commit. Cancelling the await abandons the wait, not the save."""
+        import asyncio  # whoever awaits has it; for all others it is a fifth of the time that importing snapstore takes
+
         return asyncio.shield(asyncio.wrap_future(self._outcome)).__await__()
 
     def __repr__(self) -> str:

@@ -305,6 +305,8 @@ def test_inspect_with_a_link_or_the_wrong_words_is_refused(
     assert roots.run(capsys, "inspect", link).status == 1
     for wrong in ((), (dead,), (dead, "a", "b"), (dead, "a", "-1"), (dead, "a", "1", "2")):
         assert roots.run(capsys, "inspect", *wrong).status == 2
+    two = roots.run(capsys, "inspect", *dead.glob("2*/*.g[12]/64.safetensors"))
+    assert two.status == 2 and "one file alone" in two.err
     assert roots.run(capsys, "inspect", tmp_path / "nothing", "a").status == 10
 
 
@@ -696,6 +698,21 @@ def test_a_demo_without_its_framework_says_what_it_needs(
     monkeypatch.setitem(sys.modules, "transformers", None)  # type: ignore[arg-type]
     answer = roots.run(capsys, "demo")
     assert answer.status == 2 and "this needs torch" in answer.err
+
+
+def test_bench_as_json_has_the_figures_and_nothing_else(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert as_json(capsys, "bench", "--list")["figures"] == []
+
+    def bench(arguments: list[str]) -> int:
+        sys.stdout.write("a table\n")
+        Path(arguments[-1]).write_text('{"schema": 1, "environment": {"os": "x"}, "figures": [{"p99": 0.5}]}')
+        return 0
+
+    monkeypatch.setitem(sys.modules, "bench.__main__", types.SimpleNamespace(main=bench))  # type: ignore[arg-type]
+    found = as_json(capsys, "bench", "save")
+    assert (found["environment"], found["figures"]) == ({"os": "x"}, [{"p99": 0.5}])
 
 
 def test_bench_says_where_the_benchmarks_are(

@@ -305,6 +305,8 @@ def test_a_file_of_a_tebibyte_that_was_never_written_is_not_read(
             file.truncate(2**40)
     with deadline(5):  # type: ignore[attr-defined]
         wrong = reported(place, capsys)
+        answer = roots.run(capsys, "inspect", "--stats", honest)
+        assert answer.status == 1 and "were ever written" in answer.err
         all_commands(place, capsys)
     assert len(wrong) == 2 and set(wrong.values()) == {"corrupt"}
     assert not real.exists()

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from snapstore import _paths
-from snapstore._errors import UnsupportedTensorError
+from snapstore._errors import SnapshotCorruptError, UnsupportedTensorError
 from snapstore._files import FileSystem, disk_bytes, opened, read_exactly
 from snapstore._format import Facts, Header, Layout, TensorSpec, decode_metadata
 from snapstore._maintenance.root import Root
 from snapstore._maintenance.survey import SnapshotFile, sessions
+from snapstore._maintenance.units import format_size
 from snapstore._memory import allocate
 from snapstore._reader import read_header
 from snapstore.adapters import adapter_named
 
 _AT_ONCE = 1024 * 1024
 """Elements of a tensor that are looked at in one go."""
+_ITEM_BYTES_MAX = 16
+_SPARSE_BYTES = 2**30
+"""From so many bytes that were never written on, a file is not read: zeros without end are no snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,9 @@ def inspect_file(
             for spec, offset in zip(header.layout.specs, header.layout.offsets, strict=True)
         ]
         if values:
-            tensors = [replace(each, values=_values(files, fd, each)) for each in tensors]
+            check_written(files, fd)
+            buffer = allocate(_AT_ONCE * _ITEM_BYTES_MAX)
+            tensors = [replace(each, values=_values(files, fd, each, buffer)) for each in tensors]
     return Inspection(
         path=path,
         file_bytes=status.st_size,
@@ -98,20 +104,37 @@ def _metadata(header: Header) -> Any:
     return None if header.facts is None else decode_metadata(header.facts.metadata_json)
 
 
-def _values(files: FileSystem, fd: int, tensor: Tensor) -> Values | None:
-    """Read one tensor and look at it with numpy, which is imported here and nowhere sooner."""
-    buffer = allocate(tensor.spec.nbytes)
-    if read_exactly(files, fd, buffer, tensor.offset) < len(buffer):
-        return None
-    widened = tensor.spec.dtype == "BF16"
-    spec = TensorSpec(tensor.spec.name, "U16", tensor.spec.shape) if widened else tensor.spec
-    layout = Layout.of([spec])
+def check_written(files: FileSystem, fd: int) -> None:
+    """``SnapshotCorruptError`` for a file of which a great part was never written: nobody would see its end."""
+    status = files.status(fd)
+    length, there = status.st_size, disk_bytes(status)
+    if length - there > _SPARSE_BYTES and files.first_hole(fd, 0) < length:
+        raise SnapshotCorruptError(
+            f"only {format_size(there)} of its {format_size(length)} were ever written"
+        )
+
+
+def _values(files: FileSystem, fd: int, tensor: Tensor, buffer: memoryview) -> Values | None:
+    """Look at one tensor with numpy, which is imported here and nowhere sooner; piece by piece, through ``buffer``."""
     try:
-        array = adapter_named("numpy").from_host(layout, buffer, None)[spec.name].reshape(-1)
+        return _merged(map(_values_of_part, _pieces(files, fd, tensor, buffer)))
     except UnsupportedTensorError:
         return None
-    parts = [array[start : start + _AT_ONCE] for start in range(0, len(array), _AT_ONCE)]
-    return _merged(_values_of_part(_float32(part) if widened else part) for part in parts)
+
+
+def _pieces(files: FileSystem, fd: int, tensor: Tensor, buffer: memoryview) -> Iterator[Any]:
+    """The tensor as flat arrays, each good until the next one is asked for; one empty array for an empty tensor."""
+    spec, numpy = tensor.spec, adapter_named("numpy")
+    widened = spec.dtype == "BF16"
+    count = math.prod(spec.shape)
+    item_bytes = spec.nbytes // max(count, 1)
+    for start in range(0, max(count, 1), _AT_ONCE):
+        piece = TensorSpec(spec.name, "U16" if widened else spec.dtype, (min(_AT_ONCE, count - start),))
+        view = buffer[: piece.nbytes]
+        if read_exactly(files, fd, view, tensor.offset + start * item_bytes) < len(view):
+            raise SnapshotCorruptError("the file was cut short while it was read")
+        array = numpy.from_host(Layout.of([piece]), view, None)[spec.name]
+        yield _float32(array) if widened else array
 
 
 def _float32(bfloat16: Any) -> Any:

@@ -13,9 +13,10 @@ from os import stat_result
 
 from snapstore import _paths
 from snapstore._errors import SnapshotCorruptError
-from snapstore._files import FileSystem, disk_bytes, opened
+from snapstore._files import FileSystem, opened
 from snapstore._format import Header, NewerFormatError
 from snapstore._maintenance.aside import move_aside
+from snapstore._maintenance.headers import check_written
 from snapstore._maintenance.root import Root
 from snapstore._maintenance.survey import (
     WRONG,
@@ -26,14 +27,11 @@ from snapstore._maintenance.survey import (
     sessions,
     surroundings,
 )
-from snapstore._maintenance.units import format_size
 from snapstore._memory import allocate
 from snapstore._owner import OwnerLock
 from snapstore._reader import check_data, read_header
 
 _BUFFER_BYTES = 8 * 1024 * 1024
-_SPARSE_BYTES = 2**30
-"""From so many bytes that were never written on, a file is not read: zeros without end are no snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +101,7 @@ class _Checker:
         """What is wrong with an open file, or with the place where it stands."""
         nbytes = self._files.status(fd).st_size
         try:
-            self._check_length(fd)
+            check_written(self._files, fd)
             header = read_header(self._files, fd)
             if header.facts is None:
                 return Finding("foreign", path, "a safetensors file that snapstore did not write", nbytes)
@@ -118,14 +116,6 @@ class _Checker:
             return Finding("unreadable", path, error.strerror or str(error), nbytes)
         self.without_checksums += header.checksums is None
         return None
-
-    def _check_length(self, fd: int) -> None:
-        status = self._files.status(fd)
-        length, there = status.st_size, disk_bytes(status)
-        if length - there > _SPARSE_BYTES and self._files.first_hole(fd, 0) < length:
-            raise SnapshotCorruptError(
-                f"only {format_size(there)} of its {format_size(length)} were ever written"
-            )
 
 
 @dataclass(slots=True)

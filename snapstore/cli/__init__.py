@@ -6,6 +6,7 @@ or nobody read on.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -15,11 +16,23 @@ _NEEDED = ("click", "rich")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status. Without click and rich it says how to get them."""
+    _stand_in_for_closed_streams()
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         advice = "Install them: pip install 'snapstore[cli]'"
         sys.stderr.write(f"The snapstore command needs {' and '.join(missing)}. {advice}\n")
         return 2
-    from snapstore.cli._app import run
+    try:
+        from snapstore.cli._app import run
 
-    return run(arguments)
+        return run(arguments)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        return 130
+
+
+def _stand_in_for_closed_streams() -> None:
+    """Whoever closes a standard stream (``>&-``) does not want to hear from it; that is no error."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, io.StringIO())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -100,15 +101,32 @@ def demo(arguments: tuple[str, ...], as_json: bool) -> int:
 
 @group.command(short_help="Run the benchmarks.", context_settings=_PASS_ON)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def bench(arguments: tuple[str, ...]) -> int:
-    """The benchmarks, where the repository is at hand (see bench --help)."""
+@json_option
+def bench(arguments: tuple[str, ...], as_json: bool) -> int:
+    """The benchmarks, where the repository is at hand (see bench --help). With --json their tables go to stderr."""
+    main = _bench_main()
+    if not as_json:
+        return main(list(arguments))
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "figures.json")
+        with redirect_stdout(sys.stderr):
+            status = main([*arguments, "--json", str(path)])
+        found = json.loads(path.read_text()) if path.exists() else {}
+    emit_json("bench", environment=found.get("environment"), figures=found.get("figures", []))
+    return status
+
+
+def _bench_main() -> Callable[[list[str]], int]:
     spec = find_spec("bench")
     if spec is None or spec.origin is None or _project_of(spec.origin) != _project_of(snapstore.__file__):
         raise click.UsageError(
-            "the benchmarks live in snapstore's repository: run this from a checkout of it"
+            "the benchmarks are not installed with snapstore: they live in its repository; "
+            "get a checkout and run `make bench` there, or this command with its packages"
         )
     main: Callable[[list[str]], int] = import_module("bench.__main__").main
-    return main(list(arguments))
+    return main
 
 
 def _project_of(package_file: str) -> Path:
@@ -122,9 +140,8 @@ def run(arguments: Sequence[str] | None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = group.main(arguments, prog_name="snapstore", standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        note("Interrupted.")
-        return INTERRUPTED
+    except click.exceptions.Abort:  # what click makes of Ctrl-C
+        raise KeyboardInterrupt from None
     except click.ClickException as error:
         error.show()
         return error.exit_code

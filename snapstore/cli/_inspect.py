@@ -72,6 +72,8 @@ def _root_and_key(
 ) -> tuple[str, str, int | None]:
     """Root, request and tokens; the root stands first, unless one is given otherwise and the first is none."""
     named = bool(what) and not root_was_typed() and (default_root is None or _is_directory(files, what[0]))
+    if named and len(what) > 1 and _is_file(files, what[0]):
+        raise click.UsageError(f"{what[0]} is a file; name one file alone, or a ROOT and a REQUEST")
     root = chosen_root(what[0] if named else None, default_root)
     rest = what[1:] if named else what
     if not 1 <= len(rest) <= 2:
@@ -94,6 +96,10 @@ def _find(
         latest: SnapshotFile = candidates[-1]
         boundaries = [each.token_count for each in snapshots_of(root, request) if each.of == latest.of]
         return inspect_snapshot(root, latest, values=values), boundaries
+
+
+def _is_file(files: FileSystem, path: str) -> bool:
+    return _exists(files, path) and not _is_directory(files, path)
 
 
 def _exists(files: FileSystem, path: str) -> bool:

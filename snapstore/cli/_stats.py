@@ -53,9 +53,9 @@ def _watch(root: Root, interval_s: int) -> None:
 
 def _lines(root: Root, counted: Totals) -> Iterator[str]:
     yield printable(root.path)
-    yield f"  sessions     {counted.alive} alive, {counted.dead} dead, {counted.unknown} unknown"
-    yield f"  requests     {counted.requests:,}"
-    yield f"  snapshots    {_amount(counted.snapshots)}"
+    yield f"  sessions      {counted.alive} alive, {counted.dead} dead, {counted.unknown} unknown"
+    yield f"  requests      {counted.requests:,}"
+    yield f"  snapshots     {_amount(counted.snapshots)}"
     for name, amount in (
         ("being written", counted.temporaries),
         ("in trash", counted.trash),
@@ -63,12 +63,12 @@ def _lines(root: Root, counted: Totals) -> Iterator[str]:
         ("quarantined", counted.quarantined),
     ):
         if amount.count:
-            yield f"  {name:<12} {_amount(amount)}"
-    yield f"  on disk      {format_size(counted.disk_bytes)}, {format_size(counted.free_bytes)} free"
+            yield f"  {name:<14}{_amount(amount)}"
+    yield f"  on disk       {format_size(counted.disk_bytes)}, {format_size(counted.free_bytes)} free"
     if counted.oldest_s is not None and counted.newest_s is not None:
-        yield f"  ages         {format_duration(counted.newest_s)} to {format_duration(counted.oldest_s)}"
+        yield f"  ages          {format_duration(counted.newest_s)} to {format_duration(counted.oldest_s)}"
     if counted.findings:
-        yield f"  odd          {plural(counted.findings, 'thing')}: see snapstore verify"
+        yield f"  odd           {plural(counted.findings, 'thing')}: see snapstore verify"
     yield from _histogram("age", counted.ages, format_duration)
     yield from _histogram("size", counted.sizes, format_size)
 
