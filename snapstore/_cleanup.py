@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ class Cleaning:
 
     def __init__(self, state: State, request_ids: Iterable[str] | None) -> None:
         self._state = state
-        self._started_s = time.monotonic()
+        self._started_s = state.monotonic_s()
         self._cleanup = state.begin_cleanup(request_ids)
 
     @property
@@ -55,7 +54,7 @@ class Cleaning:
         return self._report(self._state.end_cleanup(self._cleanup.lives, waited=waited))
 
     def _report(self, left_to_writer: int) -> CleanupReport:
-        cleanup, waited_s = self._cleanup, time.monotonic() - self._started_s
+        cleanup, waited_s = self._cleanup, self._state.monotonic_s() - self._started_s
         self._state.note("cleanup_wait", waited_s)
         return CleanupReport(
             clean=all(life.swept for life in cleanup.lives),
@@ -99,6 +98,7 @@ class Sweeper:
         only: frozenset[str] | None = None,
     ) -> None:
         self._state = state
+        self._monotonic_s = state.monotonic_s
         self._session = session
         self._files = files
         self._reclaims = reclaim
@@ -107,7 +107,7 @@ class Sweeper:
         self._ending: Ending | None = None
         self._failing = False
         self._failed_now = False
-        self._failures = Repeats(_log, "removal_failed")
+        self._failures = Repeats(_log, "removal_failed", state.monotonic_s)
         self._looked_s = -math.inf
         self.busy_since_s: float | None = None
         """When the removal that is under way began; ``None`` while there is none."""
@@ -144,7 +144,7 @@ class Sweeper:
     def _next_dirt(self) -> list[Life] | None:
         self.busy_since_s = None
         lives = self._state.claim_dirt()
-        self.busy_since_s = time.monotonic()
+        self.busy_since_s = self._monotonic_s()
         return lives
 
     def _sweep(self, lives: list[Life]) -> None:
@@ -173,7 +173,7 @@ class Sweeper:
 
     def _sweep_what_came(self) -> None:
         """Called between two removals: a cleaner may be waiting, or shutdown's time be up."""
-        self.busy_since_s = now_s = time.monotonic()
+        self.busy_since_s = now_s = self._monotonic_s()
         if self._ending is not None and now_s >= self._ending.give_up_s:
             raise _TimeIsUp
         self._sweep(self._state.take_dirt())
@@ -196,7 +196,7 @@ class Sweeper:
             self._trash.extend(stubborn)
 
     def _look_at_space(self) -> None:
-        self._looked_s = time.monotonic()
+        self._looked_s = self._monotonic_s()
         try:
             self._state.note_free_bytes(self._files.free_bytes(self._session.root))
         except OSError as error:
@@ -207,7 +207,8 @@ class Sweeper:
         if not self._reclaims:
             return
         self._reclaims = False
-        budget = Budget(RECLAIM_SESSIONS, time.monotonic() + RECLAIM_S, self._only)
+        now_s = self._monotonic_s
+        budget = Budget(now_s, RECLAIM_SESSIONS, now_s() + RECLAIM_S, self._only)
         try:
             reclaim(self._files, self._session.root, budget, lambda: self._attend(budget))
         except _Enough:
@@ -235,9 +236,9 @@ class Sweeper:
     def _attend(self, budget: Budget) -> None:
         """Called between two removals of leftovers."""
         self._sweep_what_came()
-        if self._ending is not None or time.monotonic() >= budget.deadline_s:
+        if self._ending is not None or self._monotonic_s() >= budget.deadline_s:
             raise _Enough
-        if (self._trash and not self._failing) or time.monotonic() - self._looked_s > _LOOK_EVERY_S:
+        if (self._trash and not self._failing) or self._monotonic_s() - self._looked_s > _LOOK_EVERY_S:
             self._look_at_space()
             self._empty_trash()
 

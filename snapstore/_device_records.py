@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from snapstore._device import Block, Device
 from snapstore._format import Layout
 from snapstore._pinned import HostBuffer
 from snapstore._records import Job
+from snapstore._threads import Condition, Thread
 from snapstore._types import DeviceHealth, DeviceStatus
 
 
@@ -71,7 +71,7 @@ class Lane:
     """One device of one store. ``discarded``: marks of parts that others have dropped; freeing one calls the driver."""
 
     device: Device
-    work: threading.Condition
+    work: Condition
     status: DeviceStatus = "ok"
     error: BaseException | None = None
     since_s: float = 0.0
@@ -79,7 +79,7 @@ class Lane:
     flying: deque[Part] = field(default_factory=deque)
     landings: deque[Landing] = field(default_factory=deque)
     discarded: list[Any] = field(default_factory=list)
-    thread: threading.Thread | None = None
+    thread: Thread | None = None
 
     @property
     def busy(self) -> bool:

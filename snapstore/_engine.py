@@ -8,8 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -24,6 +22,7 @@ from snapstore._records import Published
 from snapstore._session import Session
 from snapstore._staging import Staging
 from snapstore._state import State
+from snapstore._threads import Threads
 from snapstore._types import CleanupReport, ShutdownReport, SnapshotInfo, SnapshotKey
 from snapstore._writer import Writer
 
@@ -40,17 +39,19 @@ _log = logging.getLogger("snapstore")
 class Engine:
     """One open session with its state, its buffers, its writer thread and its sweeper thread."""
 
-    def __init__(self, root: str, options: StoreOptions, files: FileSystem) -> None:
+    def __init__(self, root: str, options: StoreOptions, files: FileSystem, threads: Threads) -> None:
         self.options = options
         self.files = files
-        self.state = State(options)
+        self.threads = threads
+        self.monotonic_s = threads.monotonic_s
+        self.state = State(options, threads)
         self.pool = BufferPool(options.max_pending_bytes)
-        self.staging = Staging(self.state, self.pool, options)
+        self.staging = Staging(self.state, self.pool, options, threads)
         self._pid = os.getpid()
-        self._ending = threading.Lock()
-        self._report: Future[ShutdownReport] = Future()
+        self._ending = threads.lock()
+        self._report: Future[ShutdownReport] = threads.future()
         self._deaths: list[str] = []
-        self._leaving = threading.Lock()
+        self._leaving = threads.lock()
         self._inside = 2
         durable = options.durability != "none"
         self.session = Session.open(files, root, durable=durable)
@@ -60,8 +61,8 @@ class Engine:
             self._writer = Writer(self.state, self.session, files, options)
             reclaim = options.leftovers != "keep"
             self._sweeper = Sweeper(self.state, self.session, files, reclaim=reclaim, only=only)
-            self._sweeper_thread = _thread("snapstore-sweeper", self._run_sweeper)
-            self._writer_thread = _thread("snapstore-writer", self._run_writer)
+            self._sweeper_thread = threads.thread("snapstore-sweeper", self._run_sweeper)
+            self._writer_thread = threads.thread("snapstore-writer", self._run_writer)
             self._start()
         except BaseException:
             if self._inside == 2:
@@ -105,9 +106,9 @@ class Engine:
 
     def begin_shutdown(self, *, cleanup: bool, timeout_s: float) -> Future[ShutdownReport]:
         """``shutdown`` without the wait: where its report will be. Not to be cancelled."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = self.monotonic_s() + timeout_s
         if not self._ending.locked():
-            thread = _thread("snapstore-shutdown", lambda: self._end(cleanup, deadline_s))
+            thread = self.threads.thread("snapstore-shutdown", lambda: self._end(cleanup, deadline_s))
             try:
                 thread.start()
             except RuntimeError:  # the interpreter ends, or the process has as many threads as it may
@@ -125,9 +126,9 @@ class Engine:
 
     def join_briefly(self, timeout_s: float) -> int:
         """For the interpreter's exit: what is queued may still reach the disk in this time. How many saves did not."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = self.monotonic_s() + timeout_s
         for thread in (self._writer_thread, self._sweeper_thread):
-            thread.join(_left(deadline_s))
+            thread.join(self._left_s(deadline_s))
         return self.state.published.pending
 
     # -- the beginning ------------------------------------------------------------------------------------------
@@ -221,27 +222,31 @@ class Engine:
         """All of a shutdown. Whatever a step raises, the next ones are made, and the report says it."""
         if not self._ending.acquire(blocking=False):
             return
-        ending = _Shutdown(self.state.published, Ending(remove=cleanup, remove_if_empty=True))
+        ending = _Shutdown(
+            self.monotonic_s(), self.state.published, Ending(remove=cleanup, remove_if_empty=True)
+        )
         steps: list[Callable[[], object]] = [
             lambda: self.refuse("the store is shut down"),
-            lambda: clean(self.state, None, _left(deadline_s) * (1 - _SWEEPER_SHARE)) if cleanup else None,
+            lambda: (
+                clean(self.state, None, self._left_s(deadline_s) * (1 - _SWEEPER_SHARE)) if cleanup else None
+            ),
             lambda: self._end_copies(ending, deadline_s),
             lambda: self._end_writer(ending, deadline_s),
             lambda: self._end_sweeper(ending, deadline_s),
             self.pool.close,
-            lambda: ending.errors.extend(self.staging.close(_left(deadline_s))),
+            lambda: ending.errors.extend(self.staging.close(self._left_s(deadline_s))),
         ]
         ending.errors += filter(None, map(_guarded, steps))
         self._report.set_result(self._reported(ending))
 
     def _end_copies(self, ending: _Shutdown, deadline_s: float) -> None:
-        ending.not_copied = self.staging.finish(_left(deadline_s) * _DEVICE_SHARE)
+        ending.not_copied = self.staging.finish(self._left_s(deadline_s) * _DEVICE_SHARE)
 
     def _end_writer(self, ending: _Shutdown, deadline_s: float) -> None:
-        self._writer_thread.join(_left(deadline_s) * (1 - _SWEEPER_SHARE))
+        self._writer_thread.join(self._left_s(deadline_s) * (1 - _SWEEPER_SHARE))
         if self._writer_thread.is_alive():
             ending.abandoned = self.state.abandon_rest()
-            self._writer_thread.join(_left(deadline_s) * (1 - _SWEEPER_SHARE))
+            self._writer_thread.join(self._left_s(deadline_s) * (1 - _SWEEPER_SHARE))
 
     def _end_sweeper(self, ending: _Shutdown, deadline_s: float) -> None:
         """The sweeper is the last to leave: it removes the session, once the writer is gone.
@@ -249,11 +254,16 @@ class Engine:
         With the writer stuck that is after this shutdown has returned, or never.
         """
         gone = not self._writer_thread.is_alive()
-        ending.of_sweeper.give_up_s = deadline_s - _left(deadline_s) * _SWEEPER_SHARE if gone else math.inf
+        ending.of_sweeper.give_up_s = (
+            deadline_s - self._left_s(deadline_s) * _SWEEPER_SHARE if gone else math.inf
+        )
         self._sweeper.end_so(ending.of_sweeper)
         self.state.end_sweeper(after_writer=True)
         if gone:
-            self._sweeper_thread.join(_left(deadline_s))
+            self._sweeper_thread.join(self._left_s(deadline_s))
+
+    def _left_s(self, deadline_s: float) -> float:
+        return max(0.0, deadline_s - self.monotonic_s())
 
     def _reported(self, ending: _Shutdown) -> ShutdownReport:
         before, after = ending.before, self.state.published
@@ -270,7 +280,7 @@ class Engine:
             writer_stopped=not self._writer_thread.is_alive(),
             session_removed=ending.of_sweeper.removed,
             errors=errors,
-            waited_s=time.monotonic() - ending.started_s,
+            waited_s=self.monotonic_s() - ending.started_s,
             leaked_bytes=self.staging.facts.leaked_bytes,
         )
 
@@ -287,8 +297,8 @@ class Engine:
 class _Shutdown:
     """A shutdown under way: what was before it, and what it has to report."""
 
-    def __init__(self, before: Published, of_sweeper: Ending) -> None:
-        self.started_s = time.monotonic()
+    def __init__(self, started_s: float, before: Published, of_sweeper: Ending) -> None:
+        self.started_s = started_s
         self.before = before
         self.of_sweeper = of_sweeper
         self.abandoned: tuple[SnapshotKey, ...] = ()
@@ -305,11 +315,3 @@ def _guarded(step: Callable[[], object]) -> str | None:
         _log.critical("shutdown_step_failed: the others are made", exc_info=error, extra=extra)
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _thread(name: str, target: Callable[[], None]) -> threading.Thread:
-    return threading.Thread(target=target, name=name, daemon=True)
-
-
-def _left(deadline_s: float) -> float:
-    return max(0.0, deadline_s - time.monotonic())

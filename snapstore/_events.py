@@ -7,8 +7,8 @@ summed up now and then, and once more when it works again.
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from snapstore._reasons import reason_of
@@ -23,11 +23,13 @@ class Repeats:
     Args:
         log: where they go.
         event: of one failure; ``<event>_again`` sums up, ``<event>_over`` says that it works again.
+        monotonic_s: the clock.
     """
 
-    def __init__(self, log: logging.Logger, event: str) -> None:
+    def __init__(self, log: logging.Logger, event: str, monotonic_s: Callable[[], float]) -> None:
         self._log = log
         self._event = event
+        self._monotonic_s = monotonic_s
         self._failed = 0
         self._untold: Counter[str] = Counter()
         self._told_s = 0.0
@@ -50,10 +52,10 @@ class Repeats:
         )
         if not known:
             self._untold[reason] = 0
-            self._told_s = self._told_s or time.monotonic()
+            self._told_s = self._told_s or self._monotonic_s()
             return
         self._untold[reason] += 1
-        if time.monotonic() - self._told_s >= SUMMARY_S:
+        if self._monotonic_s() - self._told_s >= SUMMARY_S:
             self._sum_up(what, text)
 
     def worked(self) -> None:
@@ -73,7 +75,7 @@ class Repeats:
         self._log.warning("%s: %s; the last: %s: %s", event, shown, what, text, extra=extra)
         for reason in self._untold:
             self._untold[reason] = 0
-        self._told_s = time.monotonic()
+        self._told_s = self._monotonic_s()
 
     def _reasons(self) -> dict[str, int]:
         return dict(sorted(self._untold.items()))

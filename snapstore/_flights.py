@@ -26,24 +26,25 @@ Decide under the lock, act outside: what is to be done comes back as a ``Verdict
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from snapstore._device import Device
 from snapstore._device_records import DeviceFacts, Landing, Lane, Part, Submission, Verdict
+from snapstore._threads import Thread, Threads
 from snapstore._types import DeviceHealth
 
 
 class Flights:
     """See the module's header. Nothing here blocks but what says so."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, threads: Threads) -> None:
+        self.monotonic_s = threads.monotonic_s
         self._timeout_s = timeout_s
-        self._lock = threading.Lock()
-        self._watch = threading.Condition(self._lock)
-        self._rest = threading.Condition(self._lock)
+        self._threads = threads
+        self._lock = threads.lock()
+        self._watch = threads.condition(self._lock)
+        self._rest = threads.condition(self._lock)
         self._lanes: dict[Device, Lane] = {}
         self._outstanding: dict[Submission, None] = {}
         self._armed = False
@@ -58,7 +59,7 @@ class Flights:
         with self._lock:
             lane = self._lanes.get(device)
             if lane is None:
-                lane = self._lanes[device] = Lane(device, threading.Condition(self._lock))
+                lane = self._lanes[device] = Lane(device, self._threads.condition(self._lock))
                 self._publish_locked()
             return lane
 
@@ -141,7 +142,7 @@ class Flights:
         """The oldest part that flies has arrived."""
         verdict = Verdict()
         with self._lock:
-            lane.since_s = time.monotonic()
+            lane.since_s = self.monotonic_s()
             self._recover_locked(lane)
             self._over_locked(lane.flying.popleft(), verdict)
             self._publish_locked()
@@ -150,7 +151,7 @@ class Flights:
     def upload_landed(self, lane: Lane) -> None:
         """The oldest landing is done."""
         with self._lock:
-            lane.since_s = time.monotonic()
+            lane.since_s = self.monotonic_s()
             self._recover_locked(lane)
             lane.landings.popleft()
             if self._closing:
@@ -188,12 +189,12 @@ class Flights:
                     return None
                 self._armed = bool(lanes)
                 left_s = (
-                    min((lane.since_s + self._timeout_s for lane in lanes), default=0.0) - time.monotonic()
+                    min((lane.since_s + self._timeout_s for lane in lanes), default=0.0) - self.monotonic_s()
                 )
                 if lanes and left_s <= 0:
                     verdict = Verdict()
                     for lane in lanes:
-                        if lane.since_s + self._timeout_s <= time.monotonic():
+                        if lane.since_s + self._timeout_s <= self.monotonic_s():
                             self._stick_locked(lane, verdict)
                     self._publish_locked()
                     return verdict
@@ -249,7 +250,7 @@ class Flights:
             self._publish_locked()
         return verdict
 
-    def ending_threads(self) -> list[threading.Thread]:
+    def ending_threads(self) -> list[Thread]:
         """Threads of devices that have nothing to wait for: after ``close`` they end."""
         with self._lock:
             lanes = [lane for lane in self._lanes.values() if lane.status == "ok" and not lane.busy]
@@ -266,7 +267,7 @@ class Flights:
 
     def _note_work_locked(self, lane: Lane) -> None:
         if not lane.busy:
-            lane.since_s = time.monotonic()
+            lane.since_s = self.monotonic_s()
         if not self._armed:
             self._watch.notify()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ class Moment(NamedTuple):
             before, published = published, engine.state.published
             if published is before:
                 break
-        return cls(published, devices, pinned_bytes, time.monotonic())
+        return cls(published, devices, pinned_bytes, engine.monotonic_s())
 
 
 def stats_at(moment: Moment) -> StoreStats:

@@ -16,14 +16,13 @@ import ctypes
 import logging
 import mmap
 import os
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from snapstore._device import Device
 from snapstore._memory import BufferPool, allocate, size_class
+from snapstore._threads import Thread, Threads
 
 CHUNK_BYTES = 64 * 1024 * 1024
 _DEFAULT_SHARE = 0.05
@@ -80,16 +79,17 @@ class PinnedPool:
     classes, so that in steady state each buffer finds the place of an earlier one.
     """
 
-    def __init__(self, limit_bytes: int | None) -> None:
+    def __init__(self, limit_bytes: int | None, threads: Threads) -> None:
         self._limit_bytes = limit_bytes
-        self._lock = threading.Lock()
+        self._threads = threads
+        self._lock = threads.lock()
         self._slab: memoryview | None = None
         self._device: Device | None = None
         self._free: list[tuple[int, int]] = []
         self._chunks: list[memoryview] = []
         self._taken = 0
         self._closing = False
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self.refused: str | None = None
         """Why not all of it could be locked."""
 
@@ -136,14 +136,14 @@ class PinnedPool:
 
         A buffer that never comes back keeps the slab: a device may still write to it.
         """
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = self._threads.monotonic_s() + timeout_s
         with self._lock:
             self._closing = True
             self._end_locked()
             taken = self._taken
         thread = self._thread
         if thread is not None and not taken:
-            thread.join(max(0.0, deadline_s - time.monotonic()))
+            thread.join(max(0.0, deadline_s - self._threads.monotonic_s()))
         return not self._chunks
 
     def _give_back(self, start: int, size: int) -> None:
@@ -168,7 +168,7 @@ class PinnedPool:
             self._run_locked("snapstore-unpinner", self._unpin_all)
 
     def _run_locked(self, name: str, target: Callable[[], None]) -> None:
-        self._thread = threading.Thread(target=target, name=name, daemon=True)
+        self._thread = self._threads.thread(name, target)
         self._thread.start()
 
     # -- the pinner's thread ------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ First ``offered``: everything is checked, nothing reserved. Then a ``Job`` from 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,14 +52,14 @@ def offered(
     engine: Engine, key: SnapshotKey, tensors: Mapping[str, Any], metadata: Any, *, borrow: bool
 ) -> Offer:
     """Check it all. Raises what is wrong with the tensors, the metadata or their device; does not wait."""
-    started_s = time.monotonic()
+    started_s = engine.monotonic_s()
     adapter = adapter_for(tensors)
     specs, sources = adapter.describe(tensors)
     content = Content(adapter.framework, encode_metadata(metadata))
     layout = Layout.of(specs)
     devices = devices_of(adapter.framework, tensors)
     in_order = tuple(tensors.values())
-    prepared_s = time.monotonic() - started_s
+    prepared_s = engine.monotonic_s() - started_s
     offer = Offer(key, content, adapter, in_order, sources, layout, devices, borrow, prepared_s)
     if (placed := offer.placed) is not None:
         engine.staging.check(key, placed)
@@ -69,14 +68,14 @@ def offered(
 
 def fulfil(engine: Engine, offer: Offer, job: Job) -> SaveTicket:
     """Bring the bytes to host memory, and let the writer have them. Blocks for one copy of what is on the host."""
-    started_s = time.monotonic()
+    started_s = engine.monotonic_s()
     if (placed := offer.placed) is not None:
         engine.staging.submit(job, placed)
         if not offer.borrow:
             job.ticket._release()
     else:
         _stage(engine, offer, job)
-    engine.state.note("save", offer.prepared_s + time.monotonic() - started_s)
+    engine.state.note("save", offer.prepared_s + engine.monotonic_s() - started_s)
     return job.ticket
 
 

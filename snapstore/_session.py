@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import json
 import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,8 +28,9 @@ _ATTEMPTS = 16
 
 @dataclass(slots=True)
 class Budget:
-    """Bounds of one reclaim, and what it did: how many sessions, until when (monotonic), ``only`` which ones."""
+    """Bounds of one reclaim, and what it did: how many sessions, until when, ``only`` which ones."""
 
+    monotonic_s: Callable[[], float]
     sessions: int
     deadline_s: float
     only: frozenset[str] | None = None
@@ -39,7 +39,7 @@ class Budget:
 
     @property
     def spent(self) -> bool:
-        return self.sessions <= 0 or time.monotonic() >= self.deadline_s
+        return self.sessions <= 0 or self.monotonic_s() >= self.deadline_s
 
 
 class Session:

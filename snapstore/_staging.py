@@ -8,8 +8,6 @@ brought to the host by a thread of their device (``Staging``); nothing on the ca
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,6 +24,7 @@ from snapstore._placing import Placed, copy_host_tensors, moves_of_part, part_of
 from snapstore._reasons import reason_of
 from snapstore._records import Job
 from snapstore._state import State
+from snapstore._threads import Thread, Threads
 from snapstore._types import SnapshotKey
 from snapstore.adapters import Adapter
 
@@ -67,13 +66,14 @@ class Staging:
     threads can not see of themselves: a call of the driver that does not come back.
     """
 
-    def __init__(self, state: State, pool: BufferPool, options: StoreOptions) -> None:
+    def __init__(self, state: State, pool: BufferPool, options: StoreOptions, threads: Threads) -> None:
         self._state = state
         self._pool = pool
-        self._flights = Flights(options.device_timeout_s)
-        self.pinned = PinnedPool(options.max_pinned_bytes)
-        self._starting = threading.Lock()
-        self._watch_thread: threading.Thread | None = None
+        self._flights = Flights(options.device_timeout_s, threads)
+        self.pinned = PinnedPool(options.max_pinned_bytes, threads)
+        self._threads = threads
+        self._starting = threads.lock()
+        self._watch_thread: Thread | None = None
 
     @property
     def facts(self) -> DeviceFacts:
@@ -144,10 +144,15 @@ class Staging:
         if lane.thread is None:
             with self._starting:
                 if self._watch_thread is None:
-                    self._watch_thread = _start("snapstore-device-watch", self._watch)
+                    self._watch_thread = self._start("snapstore-device-watch", self._watch)
                 if lane.thread is None:
-                    lane.thread = _start(f"snapstore-device-{device.name}", partial(self._serve, lane))
+                    lane.thread = self._start(f"snapstore-device-{device.name}", partial(self._serve, lane))
         self.pinned.start(device)
+
+    def _start(self, name: str, target: Callable[[], None]) -> Thread:
+        thread = self._threads.thread(name, target)
+        thread.start()
+        return thread
 
     # -- the device's thread ------------------------------------------------------------------------------------
 
@@ -155,7 +160,7 @@ class Staging:
         """The thread's top: whatever ends it but the store's end, the device is lost."""
         try:
             channel = lane.device.open()
-            while self._flights.await_work(lane, _pause_s(lane)):
+            while self._flights.await_work(lane, self._pause_s(lane)):
                 while self._start_one(lane, channel):
                     pass
                 while self._land_one(lane, channel):
@@ -207,6 +212,14 @@ class Staging:
             return True
         return False
 
+    def _pause_s(self, lane: Lane) -> float:
+        """Until the next look at what flies."""
+        if lane.status == "stuck":
+            return _STUCK_PAUSE_S
+        taken_s = self._threads.monotonic_s() - lane.since_s
+        needed_s = lane.flying[0].nbytes / _FASTEST_BYTES_PER_S if lane.flying else 0.0
+        return min(max(needed_s - taken_s, _LATE * taken_s, _SHORT_PAUSE_S), _LONG_PAUSE_S)
+
     # -- the watch ----------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
@@ -257,9 +270,9 @@ class Staging:
 
     def finish(self, timeout_s: float) -> tuple[SnapshotKey, ...]:
         """Shutdown: give the copies this time, then give up what has not arrived. The keys of that."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = self._threads.monotonic_s() + timeout_s
         self._state.await_staged(timeout_s)
-        self._flights.await_ended(max(0.0, deadline_s - time.monotonic()))
+        self._flights.await_ended(max(0.0, deadline_s - self._threads.monotonic_s()))
         verdict = self._flights.give_up(
             TimeoutError("the store was shut down before the device had copied it")
         )
@@ -273,11 +286,11 @@ class Staging:
 
     def close(self, timeout_s: float) -> list[str]:
         """Join the threads and unlock memory within this time; what could not be, in words."""
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = self._threads.monotonic_s() + timeout_s
         threads = self._flights.ending_threads()
         for thread in threads:
-            thread.join(max(0.0, deadline_s - time.monotonic()))
-        unlocked = self.pinned.close(max(0.0, deadline_s - time.monotonic()))
+            thread.join(max(0.0, deadline_s - self._threads.monotonic_s()))
+        unlocked = self.pinned.close(max(0.0, deadline_s - self._threads.monotonic_s()))
         errors = [
             f"{device.name} is {device.status} ({device.error})"
             for device in self.facts.devices
@@ -289,15 +302,6 @@ class Staging:
         if not unlocked:
             errors.append(f"{self.pinned.pinned_bytes} bytes of host memory stay locked")
         return errors
-
-
-def _pause_s(lane: Lane) -> float:
-    """Until the next look at what flies, on the device's thread."""
-    if lane.status == "stuck":
-        return _STUCK_PAUSE_S
-    taken_s = time.monotonic() - lane.since_s
-    needed_s = lane.flying[0].nbytes / _FASTEST_BYTES_PER_S if lane.flying else 0.0
-    return min(max(needed_s - taken_s, _LATE * taken_s, _SHORT_PAUSE_S), _LONG_PAUSE_S)
 
 
 def _image(submission: Submission) -> HostImage:
@@ -315,9 +319,3 @@ def _refusal(key: SnapshotKey, lane: Lane) -> SnapstoreError:
     refusal = SaveFailedError(f"{key} was not saved: {_how(lane)}; save it from the host", key=key)
     refusal.__cause__ = lane.error
     return refusal
-
-
-def _start(name: str, target: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=target, name=name, daemon=True)
-    thread.start()
-    return thread

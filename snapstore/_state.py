@@ -40,8 +40,6 @@ Decide under the lock, act outside: tickets are resolved, memory is given back a
 from __future__ import annotations
 
 import errno
-import threading
-import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -58,6 +56,7 @@ from snapstore._memory import HostImage
 from snapstore._options import StoreOptions
 from snapstore._records import Cleanup, Commit, Content, Job, Life, Published, Turn
 from snapstore._room import Room
+from snapstore._threads import Threads
 from snapstore._ticket import SaveTicket
 from snapstore._types import SaveState, SnapshotInfo, SnapshotKey
 
@@ -68,12 +67,14 @@ _Settled = list[tuple[Job, _Outcome]]
 class State:
     """See the module's header. Every public method takes the lock once and lets it go before anything slow."""
 
-    def __init__(self, options: StoreOptions) -> None:
-        self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)  # the writer waits: a job to claim, or the end
-        self._space = threading.Condition(self._lock)  # savers wait, first come, first served
-        self._dirt = threading.Condition(self._lock)  # the sweeper waits: something to remove, or the end
-        self._rest = threading.Condition(self._lock)  # cleaners and detachers wait: a life swept or let go
+    def __init__(self, options: StoreOptions, threads: Threads) -> None:
+        self.monotonic_s = threads.monotonic_s
+        self._threads = threads
+        self._lock = threads.lock()
+        self._work = threads.condition(self._lock)  # the writer waits: a job to claim, or the end
+        self._space = threads.condition(self._lock)  # savers wait, first come, first served
+        self._dirt = threads.condition(self._lock)  # the sweeper waits: something to remove, or the end
+        self._rest = threads.condition(self._lock)  # cleaners and detachers wait: a life swept or let go
         self._lives: dict[str, Life] = {}
         self._dying: dict[str, list[Life]] = {}
         self._queue: OrderedDict[Job, None] = OrderedDict()
@@ -199,7 +200,7 @@ class State:
             job.life.busy = True
             job.life.on_disk = True
             job.ticket._move(SaveState.WRITING)
-            now_s = time.monotonic()
+            now_s = self.monotonic_s()
             self._writing = (job, now_s)
             self._ledger.note("queue_wait", now_s - job.since_s)
             self._publish_locked()
@@ -388,7 +389,7 @@ class State:
                     return None
                 if not life.busy:
                     break
-                remaining_s = deadline_s - time.monotonic()
+                remaining_s = deadline_s - self.monotonic_s()
                 if remaining_s <= 0:
                     raise TimeoutError(f"the writer is busy with {key.request_id!r}; {key} was not detached")
                 self._rest.wait(remaining_s)
@@ -657,7 +658,7 @@ class State:
         try:
             while (job := self._enter_locked(turn)) is None:
                 self._publish_locked()
-                self._space.wait(turn.deadline_s - time.monotonic())
+                self._space.wait(turn.deadline_s - self.monotonic_s())
             return job
         finally:
             self._leave_locked(turn)
@@ -666,7 +667,7 @@ class State:
         self._refuse_locked(key, nbytes)
         life = self._life_locked(key.request_id)
         life.waiting += 1
-        return self._room.queue_up(life, key, nbytes, content, time.monotonic())
+        return self._room.queue_up(life, key, nbytes, content, self.monotonic_s())
 
     def _enter_locked(self, turn: Turn) -> Job | None:
         self._refuse_locked(turn.key, turn.nbytes)
@@ -674,7 +675,7 @@ class State:
             raise SaveCancelledError(
                 f"{turn.key} was cleaned up while its save waited for room", key=turn.key
             )
-        if not self._room.is_there_for(turn, time.monotonic()):
+        if not self._room.is_there_for(turn, self.monotonic_s()):
             return None
         return self._accept_locked(turn.life, turn.key, turn.nbytes, turn.content)
 
@@ -686,8 +687,8 @@ class State:
         self._forget_if_empty_locked(turn.life)
 
     def _accept_locked(self, life: Life, key: SnapshotKey, nbytes: int, content: Content) -> Job:
-        ticket = SaveTicket(key, life.generation, nbytes)
-        job = Job(life, ticket, self._next_sequence, time.monotonic(), content=content)
+        ticket = SaveTicket(key, life.generation, nbytes, self._threads)
+        job = Job(life, ticket, self._next_sequence, self.monotonic_s(), content=content)
         self._next_sequence += 1
         life.staging.add(job)
         self._held[job] = None
@@ -760,7 +761,7 @@ class State:
     def _settle_locked(self, job: Job, state: SaveState, outcome: _Outcome, settled: _Settled) -> None:
         job.ticket._move(state)
         if self._writing is not None and self._writing[0] is job:
-            self._ledger.note("write", time.monotonic() - self._writing[1])
+            self._ledger.note("write", self.monotonic_s() - self._writing[1])
             self._writing = None
         self._room.give_back(job)
         self._space.notify_all()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import threading
-import time
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +27,7 @@ from snapstore._options import StoreOptions, seconds
 from snapstore._reasons import reason_of
 from snapstore._records import Commit, Job
 from snapstore._saving import fulfil, offered
+from snapstore._threads import Thread, Threads
 from snapstore._ticket import SaveTicket
 from snapstore._types import (
     CleanupReport,
@@ -57,6 +57,7 @@ class SnapshotStore:
         root: directory of the store, made if missing. Several stores, in one process or many, may share it.
         options: see ``StoreOptions``.
         file_system: the disk, for tests; see ``snapstore.testing``.
+        threads: locks, threads and the clock, for tests; see there.
     """
 
     def __init__(
@@ -65,12 +66,13 @@ class SnapshotStore:
         options: StoreOptions | None = None,
         *,
         file_system: FileSystem | None = None,
+        threads: Threads | None = None,
     ) -> None:
         if options is not None and not isinstance(options, StoreOptions):
             raise TypeError(f"options must be StoreOptions, not {type(options).__name__}")
         self._options = options or StoreOptions()
         path = os.path.abspath(os.fspath(root))
-        self._engine = Engine(path, self._options, file_system or FileSystem())
+        self._engine = Engine(path, self._options, file_system or FileSystem(), threads or Threads())
         self._state = self._engine.state
         _open_engines.add(self._engine)
         self._finalizer = weakref.finalize(self, _dropped, self._engine)
@@ -151,7 +153,7 @@ class SnapshotStore:
             does not have.
         """
         self._engine.check_process()
-        started_s = time.monotonic()
+        started_s = self._engine.monotonic_s()
         key = checked_key(request_id, token_count)
         if framework is not None:
             adapter_named(framework)
@@ -174,7 +176,7 @@ class SnapshotStore:
                     found  # a cleanup or a later save may have come between the look and the open: look again
                 )
         source: Source = "memory" if isinstance(found, Job) else "disk"
-        self._state.note(f"load_{source}", time.monotonic() - started_s)
+        self._state.note(f"load_{source}", self._engine.monotonic_s() - started_s)
         return Snapshot(key, tensors, decode_metadata(metadata_json), source)
 
     # -- look ---------------------------------------------------------------------------------------------------
@@ -209,7 +211,7 @@ class SnapshotStore:
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until everything accepted before the call is settled; False if that took longer than ``timeout_s``."""
         self._engine.check_process()
-        return _all_in_time(self._state.tickets(), timeout_s, _ended)
+        return self._all_in_time(self._state.tickets(), timeout_s, _ended)
 
     def drain_request(self, request_id: str, *, timeout_s: float) -> bool:
         """Wait until no tensor lent or given by this request is read any more; False if not within ``timeout_s``.
@@ -227,11 +229,19 @@ class SnapshotStore:
         return self._drain(None, None if timeout_s is None else seconds(timeout_s, "timeout_s"))
 
     def _drain(self, request_id: str | None, timeout_s: float | None) -> bool:
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        now_s = self._engine.monotonic_s
+        deadline_s = None if timeout_s is None else now_s() + timeout_s
         tickets = self._state.tickets(request_id)
-        _all_in_time(tickets, timeout_s, lambda ticket, left_s: ticket.wait_released(left_s))
-        left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+        self._all_in_time(tickets, timeout_s, lambda ticket, left_s: ticket.wait_released(left_s))
+        left_s = None if deadline_s is None else max(0.0, deadline_s - now_s())
         return self._engine.staging.drain(request_id, left_s) and all(each.released for each in tickets)
+
+    def _all_in_time(self, tickets: list[SaveTicket], timeout_s: float | None, wait: Any) -> bool:
+        now_s = self._engine.monotonic_s
+        deadline_s = None if timeout_s is None else now_s() + seconds(timeout_s, "timeout_s")
+        return all(
+            wait(ticket, None if deadline_s is None else max(0.0, deadline_s - now_s())) for ticket in tickets
+        )
 
     def detach(
         self,
@@ -248,7 +258,7 @@ class SnapshotStore:
         """
         self._engine.check_process()
         key = checked_key(request_id, token_count)
-        deadline_s = time.monotonic() + seconds(timeout_s, "timeout_s")
+        deadline_s = self._engine.monotonic_s() + seconds(timeout_s, "timeout_s")
         while True:
             held = self._state.hold_commit(key, deadline_s)
             if held is not None:
@@ -264,10 +274,11 @@ class SnapshotStore:
         return path
 
     def _await_commit(self, key: SnapshotKey, deadline_s: float) -> None:
-        found = self._state.find(key, max(0.0, deadline_s - time.monotonic()))
+        now_s = self._engine.monotonic_s
+        found = self._state.find(key, max(0.0, deadline_s - now_s()))
         if isinstance(found, Job):
             self._state.let_go_memory(found)
-            found.ticket.exception(max(0.0, deadline_s - time.monotonic()))
+            found.ticket.exception(max(0.0, deadline_s - now_s()))
 
     # -- forget -------------------------------------------------------------------------------------------------
 
@@ -347,20 +358,19 @@ def shutdown_all(
         except Exception as error:  # noqa: BLE001 - the next store is ended all the same; this one's report says why
             reports[index] = _failed_report(error)
 
-    threads = [
-        threading.Thread(target=end, args=(index, store), name="snapstore-shutdown-all", daemon=True)
-        for index, store in enumerate(stores)
-    ]
-    for index, thread in enumerate(threads):
+    started: list[Thread] = []
+    for index, store in enumerate(stores):
+        thread = Threads().thread("snapstore-shutdown-all", partial(end, index, store))
         try:
             thread.start()
         except (
             RuntimeError
         ):  # the interpreter ends, or the process has as many threads as it may: one by one, then
-            end(index, stores[index])
-    for thread in threads:
-        if thread.ident is not None:
-            thread.join()
+            end(index, store)
+        else:
+            started.append(thread)
+    for thread in started:
+        thread.join()
     return [report for report in reports if report is not None]
 
 
@@ -378,7 +388,7 @@ def _dropped(engine: Engine) -> None:
     if not engine.belongs_here:
         return
     try:
-        threading.Thread(target=engine.let_go, name="snapstore-dropped", daemon=True).start()
+        engine.threads.thread("snapstore-dropped", engine.let_go).start()
     except RuntimeError:
         return  # the interpreter ends: `_at_exit` has let it go, or it is too late
     warnings.warn(
@@ -391,12 +401,13 @@ def _dropped(engine: Engine) -> None:
 @atexit.register
 def _at_exit() -> None:
     """Stores that are still open when the interpreter ends get a moment to write what they accepted."""
-    deadline_s = time.monotonic() + _EXIT_JOIN_S
+    now_s = Threads().monotonic_s
+    deadline_s = now_s() + _EXIT_JOIN_S
     engines = [engine for engine in _open_engines if engine.belongs_here]
     for engine in engines:
         engine.let_go()
     for engine in engines:
-        unwritten = engine.join_briefly(max(0.0, deadline_s - time.monotonic()))
+        unwritten = engine.join_briefly(max(0.0, deadline_s - now_s()))
         if unwritten:
             extra = {"event": "exit_unwritten", "count": unwritten}
             _log.warning(
@@ -413,11 +424,3 @@ def _ended(ticket: SaveTicket, timeout_s: float | None) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-def _all_in_time(tickets: list[SaveTicket], timeout_s: float | None, wait: Any) -> bool:
-    deadline_s = None if timeout_s is None else time.monotonic() + seconds(timeout_s, "timeout_s")
-    return all(
-        wait(ticket, None if deadline_s is None else max(0.0, deadline_s - time.monotonic()))
-        for ticket in tickets
-    )

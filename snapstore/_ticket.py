@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 
+from snapstore._threads import Threads
 from snapstore._types import SaveState, SnapshotInfo, SnapshotKey
 
 
@@ -20,13 +20,13 @@ class SaveTicket:
 
     __slots__ = ("__weakref__", "_outcome", "_released", "_state", "generation", "key", "nbytes")
 
-    def __init__(self, key: SnapshotKey, generation: int, nbytes: int) -> None:
+    def __init__(self, key: SnapshotKey, generation: int, nbytes: int, threads: Threads) -> None:
         self.key = key
         self.generation = generation
         self.nbytes = nbytes
         self._state = SaveState.STAGING
-        self._outcome: Future[SnapshotInfo] = Future()
-        self._released = threading.Event()
+        self._outcome: Future[SnapshotInfo] = threads.future()
+        self._released = threads.event()
 
     @property
     def state(self) -> SaveState:

@@ -40,7 +40,7 @@ class Writer:
         self._options = options
         self._full = options.durability == "full"
         self._session_unsynced = False
-        self._failures = Repeats(_log, "save_failed")
+        self._failures = Repeats(_log, "save_failed", state.monotonic_s)
         self._litter: list[str] = []
 
     def run(self) -> None:

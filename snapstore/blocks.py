@@ -17,7 +17,6 @@ import hashlib
 import logging
 import os
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -233,7 +232,7 @@ class BlockStore:
         state, files = self._store._state, self._store._engine.files
         self._store._engine.check_process()
         try:
-            held = state.hold_commit(where, time.monotonic())
+            held = state.hold_commit(where, state.monotonic_s())
         except TimeoutError:
             return False  # its folder is being written to
         if held is None:

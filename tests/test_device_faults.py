@@ -129,7 +129,7 @@ FAULTS = [
     Fault(
         "the age of the oldest is taken for a lack of progress",
         "_flights.py",
-        "            lane.since_s = time.monotonic()\n            self._recover_locked(lane)\n            self._over",
+        "            lane.since_s = self.monotonic_s()\n            self._recover_locked(lane)\n            self._over",
         "            self._recover_locked(lane)\n            self._over",
         "test_device_wedge.py::test_progress_is_what_counts_not_the_age_of_the_oldest",
     ),

@@ -13,6 +13,7 @@ from devices import PATIENCE_S, PINNED_BYTES, arrays, assert_loads, on, open_sto
 
 from snapstore import StoreOptions
 from snapstore._pinned import CHUNK_BYTES, HostBuffer, PinnedPool, default_limit_bytes
+from snapstore._threads import Threads
 from snapstore.testing import FakeDevice
 
 PAGE = 4096
@@ -24,7 +25,7 @@ def device() -> FakeDevice:
 
 
 def started(device: FakeDevice, limit_bytes: int) -> PinnedPool:
-    pool = PinnedPool(limit_bytes)
+    pool = PinnedPool(limit_bytes, Threads())
     pool.start(device)
     assert pool.await_started(10)
     return pool
@@ -96,7 +97,7 @@ def test_the_slab_is_pinned_in_chunks_and_what_is_there_can_be_used(device: Fake
 
 def test_a_chunk_that_is_refused_leaves_those_before_it(device: FakeDevice) -> None:
     device.pause("pin").open()
-    pool = PinnedPool(2 * CHUNK_BYTES)
+    pool = PinnedPool(2 * CHUNK_BYTES, Threads())
     device.pin, pin = lambda area: pin(area) if not device.pinned else _refuse(), device.pin  # type: ignore[method-assign]
     pool.start(device)
     assert pool.await_started(10)
@@ -144,7 +145,7 @@ def test_the_slab_stays_while_somebody_has_a_buffer_of_it(device: FakeDevice) ->
 
 
 def test_a_pinner_that_the_driver_keeps_does_not_hold_up_the_end(device: FakeDevice) -> None:
-    pool = PinnedPool(16 * PAGE)
+    pool = PinnedPool(16 * PAGE, Threads())
     with device.pause("pin") as gate:
         pool.start(device)
         gate.wait_reached()

@@ -24,8 +24,9 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     {
         "_types": set(),
         "_options": set(),
+        "_threads": set(),
         "_errors": {"_types"},
-        "_ticket": {"_types"},
+        "_ticket": {"_threads", "_types"},
         "_arguments": {"_options", "_types"},
     },
     {
@@ -112,10 +113,14 @@ DISK_CALLS = {
     ),
     "io": {"FileIO", "open"},
 }
+CLOCK_CALLS = words("time.monotonic time.monotonic_ns time.perf_counter time.perf_counter_ns time.sleep")
 DISK_METHODS = words(
     "hardlink_to is_dir is_file is_symlink iterdir read_bytes read_text rglob symlink_to touch write_bytes write_text"
 )
 """Methods of ``pathlib.Path`` that reach a disk, as far as their names tell."""
+
+THREAD_ROOMS = {"_threads", "_owner", "adapters"}
+"""Beside the room for it: a fork meets all stores of the process at once, and a driver's locks are its own."""
 
 MAY_TOUCH = {
     "_owner": {"os.close", ".read_text"},
@@ -215,6 +220,20 @@ def disk_calls(node: ast.AST) -> Iterator[str]:
         yield from (f"{node.module}.{alias.name}" for alias in node.names if alias.name in reaching)
 
 
+def thread_violations(module: str, tree: ast.AST) -> Iterator[str]:
+    """The core takes its locks, its threads and its clock from one place."""
+    if module in THREAD_ROOMS or layer_of(module) == EDGES:
+        return
+    for line, name in imports(tree):
+        if name.split(".")[0] in ("_thread", "queue", "threading"):
+            yield f"{module}:{line}: {name} is for threads: go through _threads"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in CLOCK_CALLS:
+            yield f"{module}:{node.lineno}: {ast.unparse(node)} is a clock: go through _threads"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Future":
+            yield f"{module}:{node.lineno}: a Future is waited for: go through _threads"
+
+
 def name_violations(module: str, tree: ast.AST) -> Iterator[str]:
     if module == "_paths":
         return
@@ -235,6 +254,7 @@ def violations(module: str, source: str) -> list[str]:
     return [
         *import_violations(module, tree),
         *disk_violations(module, tree),
+        *thread_violations(module, tree),
         *name_violations(module, tree),
     ]
 
@@ -302,6 +322,12 @@ def test_the_names_on_disk_are_those_of_the_contract():
         ("_owner", "os.open(path, 0)", "os.open touches the disk"),
         ("_engine", "io.open(path)", "io.open touches the disk"),
         ("caches", "import tempfile", "tempfile touches the disk"),
+        # Threads and the clock.
+        ("_state", "import threading", "threading is for threads"),
+        ("_writer", "from queue import Queue", "queue is for threads"),
+        ("_cleanup", "now_s = time.monotonic", "time.monotonic is a clock"),
+        ("_session", "time.sleep(0.1)", "time.sleep is a clock"),
+        ("_engine", "report = Future()", "a Future is waited for"),
         # Names on disk.
         ("_session", "trash = '.trash'", "'.trash' is a name on disk"),
         ("_writer", "f'{path}/.tmp/{name}'", "'.tmp' is a name on disk"),
@@ -320,10 +346,13 @@ def test_the_checker_sees(module, source, complaint):
     [
         (
             "_store",
-            "from snapstore._state import State\nfrom snapstore import _paths\nimport xxhash, os, threading",
+            "from snapstore._state import State\nfrom snapstore import _paths\nimport xxhash, os, time",
         ),
         ("_state", "from snapstore._records import Job"),
         ("_owner", "from snapstore._files import FileSystem\nos.close(fd)"),
+        ("_threads", "import threading, time\nnow_s = time.monotonic()"),
+        ("signals", "import threading, time\nnow_s = time.monotonic()"),
+        ("_owner", "import time\nopened_at_s = time.time()"),
         ("__init__", "from snapstore._store import SnapshotStore\nfrom snapstore._types import SaveState"),
         ("adapters", "import torch\nfrom snapstore.adapters._numpy import describe\nimport numpy as np"),
         (

@@ -22,6 +22,7 @@ from snapstore._pinned import HostBuffer, pageable
 from snapstore._placing import moves_of
 from snapstore._records import Content, Job
 from snapstore._state import State
+from snapstore._threads import Threads
 from snapstore._types import SnapshotKey
 from snapstore.testing import FakeDevice
 
@@ -30,7 +31,7 @@ KEY = SnapshotKey("request", 64)
 
 @pytest.fixture
 def state() -> State:
-    return State(StoreOptions())
+    return State(StoreOptions(), Threads())
 
 
 def job_of(state: State, count: int = 64, nbytes: int = 8) -> Job:
@@ -126,7 +127,7 @@ class Hands:
 
     def __init__(self, state: State, timeout_s: float = 60.0, count: int = 2) -> None:
         self.state = state
-        self.flights = Flights(timeout_s)
+        self.flights = Flights(timeout_s, Threads())
         self.devices = [FakeDevice(f"fake:{number}") for number in range(count)]
         self.lanes = [self.flights.lane(device) for device in self.devices]
         self.given_back: list[Submission] = []

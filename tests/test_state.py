@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -29,13 +26,13 @@ from snapstore import (
     StoreClosedError,
     StoreFullError,
     StoreOptions,
-    _state,
 )
 from snapstore._format import Layout, TensorSpec
 from snapstore._latency import Reasons
 from snapstore._memory import HostImage
 from snapstore._records import Cleanup, Commit, Content, Job, Life, Published
 from snapstore._state import State
+from snapstore._threads import Lock, Threads
 
 CONTENT = Content("numpy", "null")
 PATIENCE_S = 10.0
@@ -57,11 +54,9 @@ class Script:
         self.waits = 0
         self.timeouts = 0
         self.timeouts_foreseen = 0
-        self.Lock = threading.Lock
-        self.Condition = partial(ScriptedCondition, self)
-
-    def monotonic(self) -> float:
-        return self.now_s
+        self.threads = Threads(
+            monotonic_s=lambda: self.now_s, condition=lambda lock: ScriptedCondition(self, lock)
+        )
 
     def meanwhile(self, *steps: Callable[[], object]) -> None:
         """One step for each of the waits to come."""
@@ -76,7 +71,7 @@ class Script:
 
 
 class ScriptedCondition:
-    def __init__(self, script: Script, lock: threading.Lock) -> None:
+    def __init__(self, script: Script, lock: Lock) -> None:
         self._script = script
         self._lock = lock
         self._wakes = 0
@@ -138,8 +133,8 @@ class WatchedState(State):
 class Hands:
     """Does what the threads of a store do, one call at a time, and counts what it is told."""
 
-    def __init__(self, **options: object) -> None:
-        self.state = WatchedState(StoreOptions(**options))  # type: ignore[arg-type]
+    def __init__(self, threads: Threads, **options: object) -> None:
+        self.state = WatchedState(StoreOptions(**options), threads)  # type: ignore[arg-type]
         self.releases: Counter[Job] = Counter()
         self.endings: Counter[Job] = Counter()
         self.imaged: set[Job] = set()
@@ -231,10 +226,8 @@ def info_of(job: Job) -> SnapshotInfo:
 
 
 @pytest.fixture(autouse=True)
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
+def script() -> Iterator[Script]:
     script = Script()
-    monkeypatch.setattr(_state, "threading", script)
-    monkeypatch.setattr(_state, "time", script)
     yield script
     assert not script.steps, "the test foresaw a wait that did not come"
     assert script.timeouts == script.timeouts_foreseen
@@ -242,7 +235,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
 
 @pytest.fixture
 def hands(script: Script) -> Hands:
-    return Hands()
+    return Hands(script.threads)
 
 
 # -- the transition table ---------------------------------------------------------------------------------------
@@ -688,7 +681,7 @@ def test_3_saves_of_one_life_share_its_generation(hands: Hands) -> None:
 
 
 def test_3_a_generation_that_a_rejected_save_began_never_comes_back(script: Script) -> None:
-    hands = Hands(max_pending_jobs=1, on_full="reject")
+    hands = Hands(script.threads, max_pending_jobs=1, on_full="reject")
     first = hands.start("a")
     with pytest.raises(StoreFullError):
         hands.reserve("b")
@@ -792,7 +785,7 @@ def test_6_bytes_are_charged_from_reserve_until_the_save_is_settled(hands: Hands
 
 @pytest.mark.parametrize("limit", [{"max_pending_jobs": 2}, {"max_pending_bytes": 20}])
 def test_6_jobs_and_bytes_stay_within_their_limits(script: Script, limit: dict[str, int]) -> None:
-    hands = Hands(on_full="reject", **limit)
+    hands = Hands(script.threads, on_full="reject", **limit)
     hands.queue("a"), hands.reserve("b")
     with pytest.raises(StoreFullError):
         hands.reserve("c")
@@ -800,7 +793,7 @@ def test_6_jobs_and_bytes_stay_within_their_limits(script: Script, limit: dict[s
 
 
 def test_6_a_save_larger_than_the_limit_is_taken_when_nothing_else_is_pending(script: Script) -> None:
-    hands = Hands(max_pending_bytes=20, on_full="reject")
+    hands = Hands(script.threads, max_pending_bytes=20, on_full="reject")
     large = hands.start("a", nbytes=100)
     assert hands.now.pending_bytes == 100
     with pytest.raises(StoreFullError):
@@ -814,7 +807,7 @@ def test_6_a_save_larger_than_the_limit_is_taken_when_nothing_else_is_pending(sc
 
 
 def test_6_a_rejected_save_leaves_no_trace(script: Script) -> None:
-    hands = Hands(max_pending_jobs=1, on_full="reject")
+    hands = Hands(script.threads, max_pending_jobs=1, on_full="reject")
     job = hands.start("a")
     before = hands.now
     with pytest.raises(StoreFullError) as caught:
@@ -829,7 +822,7 @@ def test_6_a_rejected_save_leaves_no_trace(script: Script) -> None:
 
 
 def test_6_a_rejected_resave_leaves_the_earlier_one_as_it_was(script: Script) -> None:
-    hands = Hands(max_pending_jobs=1, on_full="reject")
+    hands = Hands(script.threads, max_pending_jobs=1, on_full="reject")
     job = hands.queue("a")
     with pytest.raises(StoreFullError):
         hands.reserve("a")
@@ -838,7 +831,7 @@ def test_6_a_rejected_resave_leaves_the_earlier_one_as_it_was(script: Script) ->
 
 def test_6_a_save_waits_for_room_at_most_its_time(script: Script) -> None:
     """Wakes that bring no room do not stretch it: one deadline."""
-    hands = Hands(max_pending_jobs=1, save_timeout_s=2.0)
+    hands = Hands(script.threads, max_pending_jobs=1, save_timeout_s=2.0)
     hands.start("a")
     started_s = script.now_s
     script.foresee_timeouts(1)
@@ -852,7 +845,7 @@ def test_6_a_save_waits_for_room_at_most_its_time(script: Script) -> None:
 
 @pytest.mark.parametrize("end", ["commit", "fail", "clean", "replace", "abandon", "died"])
 def test_6_whatever_makes_room_wakes_the_save_that_waits_for_it(script: Script, end: str) -> None:
-    hands = Hands(max_pending_jobs=2, max_pending_bytes=20)
+    hands = Hands(script.threads, max_pending_jobs=2, max_pending_bytes=20)
     job = hands.start("a")
     staged = hands.reserve("b")
     queued_steps: dict[str, Callable[[], object]] = {
@@ -870,7 +863,7 @@ def test_6_whatever_makes_room_wakes_the_save_that_waits_for_it(script: Script, 
 
 def test_6_a_small_save_does_not_overtake_a_large_one_that_waits(script: Script) -> None:
     """It fits when it comes, and fits again while it waits; still the large one goes first."""
-    hands = Hands(max_pending_bytes=100, save_timeout_s=2.0)
+    hands = Hands(script.threads, max_pending_bytes=100, save_timeout_s=2.0)
     job = hands.start("a", nbytes=60)
 
     def try_to_overtake() -> None:
@@ -883,7 +876,7 @@ def test_6_a_small_save_does_not_overtake_a_large_one_that_waits(script: Script)
     assert (hands.now.accepted, hands.now.rejected) == (2, 1)
 
 
-def test_6_first_come_first_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_6_first_come_first_served() -> None:
     """The one test with threads: a gate in the wait tells when a saver stands in line."""
     in_line = threading.Semaphore(0)
 
@@ -892,9 +885,7 @@ def test_6_first_come_first_served(monkeypatch: pytest.MonkeyPatch) -> None:
             in_line.release()
             return super().wait(timeout)
 
-    monkeypatch.setattr(_state, "threading", SimpleNamespace(Lock=threading.Lock, Condition=TellingCondition))
-    monkeypatch.setattr(_state, "time", time)
-    hands = Hands(max_pending_bytes=100, save_timeout_s=PATIENCE_S)
+    hands = Hands(Threads(condition=TellingCondition), max_pending_bytes=100, save_timeout_s=PATIENCE_S)
     pinned = hands.start("pinned", nbytes=60)
     accepted: list[Job] = []
     sizes = {"large": 100, "small": 10, "smaller": 1}
@@ -918,7 +909,7 @@ def test_6_first_come_first_served(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_6_a_turn_is_a_reserve_for_those_who_must_not_block(script: Script) -> None:
-    hands = Hands(max_pending_jobs=1, save_timeout_s=2.0)
+    hands = Hands(script.threads, max_pending_jobs=1, save_timeout_s=2.0)
     job = hands.start("a")
     turn = hands.state.queue_up(SnapshotKey("b", 1), 10, CONTENT)
     assert (hands.now.accepted, hands.now.live_requests) == (1, 2)
@@ -933,7 +924,7 @@ def test_6_a_turn_is_a_reserve_for_those_who_must_not_block(script: Script) -> N
 
 
 def test_6_a_turn_ends_at_its_deadline_and_leaves_no_trace(script: Script) -> None:
-    hands = Hands(max_pending_jobs=1, save_timeout_s=2.0)
+    hands = Hands(script.threads, max_pending_jobs=1, save_timeout_s=2.0)
     hands.start("a")
     before = hands.now
     turn = hands.state.queue_up(SnapshotKey("b", 1), 10, CONTENT)
@@ -949,7 +940,7 @@ def test_6_a_turn_ends_at_its_deadline_and_leaves_no_trace(script: Script) -> No
 
 def test_6_a_turn_that_is_given_up_lets_the_next_one_go(script: Script) -> None:
     """Neither a save that blocks nor one that does not overtakes one that came before it."""
-    hands = Hands(max_pending_bytes=100, save_timeout_s=2.0)
+    hands = Hands(script.threads, max_pending_bytes=100, save_timeout_s=2.0)
     hands.start("a", nbytes=60)
     large = hands.state.queue_up(SnapshotKey("large", 1), 100, CONTENT)
     small = hands.state.queue_up(SnapshotKey("small", 1), 1, CONTENT)
@@ -961,7 +952,7 @@ def test_6_a_turn_that_is_given_up_lets_the_next_one_go(script: Script) -> None:
 
 @pytest.mark.parametrize("which", [("b",), ()], ids=["its request", "all"])
 def test_6_a_cleanup_or_a_close_ends_a_turn(script: Script, which: tuple[str, ...]) -> None:
-    hands = Hands(max_pending_jobs=1)
+    hands = Hands(script.threads, max_pending_jobs=1)
     hands.start("a")
     first = hands.state.queue_up(SnapshotKey("b", 1), 10, CONTENT)
     hands.clean(*which)
@@ -1012,7 +1003,7 @@ def test_6_bells_ring_outside_the_lock_after_whatever_may_end_a_wait(hands: Hand
 
 @pytest.mark.parametrize("which", [("b",), ()], ids=["its request", "all"])
 def test_6_a_cleanup_ends_the_wait_for_room_of_its_request(script: Script, which: tuple[str, ...]) -> None:
-    hands = Hands(max_pending_jobs=1)
+    hands = Hands(script.threads, max_pending_jobs=1)
     job = hands.start("a")
     script.meanwhile(lambda: hands.clean(*which))
     with pytest.raises(SaveCancelledError, match="waited for room"):
@@ -1023,14 +1014,14 @@ def test_6_a_cleanup_ends_the_wait_for_room_of_its_request(script: Script, which
 
 
 def test_6_a_cleanup_of_another_request_leaves_the_wait_for_room_alone(script: Script) -> None:
-    hands = Hands(max_pending_jobs=1)
+    hands = Hands(script.threads, max_pending_jobs=1)
     job = hands.start("a")
     script.meanwhile(lambda: hands.clean("c"), lambda: hands.commit(job))
     assert hands.reserve("b").ticket.state is SaveState.STAGING and script.waits == 2
 
 
 def test_6_close_ends_every_wait_for_room(script: Script) -> None:
-    hands = Hands(max_pending_jobs=1)
+    hands = Hands(script.threads, max_pending_jobs=1)
     hands.start("a")
     script.meanwhile(lambda: hands.state.close("the store is shut down"))
     with pytest.raises(StoreClosedError, match="the store is shut down") as caught:
@@ -1039,7 +1030,7 @@ def test_6_close_ends_every_wait_for_room(script: Script) -> None:
 
 
 def test_6_the_session_limit_counts_files_trash_and_what_is_pending(script: Script) -> None:
-    hands = Hands(max_session_bytes=100)
+    hands = Hands(script.threads, max_session_bytes=100)
     job = hands.start("a", nbytes=40)
     assert hands.commit(job, disk_bytes=50)
     hands.reserve("b", nbytes=20)
@@ -1059,7 +1050,7 @@ def test_6_the_session_limit_counts_files_trash_and_what_is_pending(script: Scri
 
 
 def test_6_the_free_space_limit_counts_what_is_pending(script: Script) -> None:
-    hands = Hands(min_free_bytes=100)
+    hands = Hands(script.threads, min_free_bytes=100)
     assert hands.reserve("a", nbytes=1000), "nothing is known of the disk yet"
     hands.state.note_free_bytes(1150)
     assert hands.now.free_bytes == 1150
@@ -1073,7 +1064,7 @@ def test_6_the_free_space_limit_counts_what_is_pending(script: Script) -> None:
 
 
 def test_6_a_limit_that_is_reached_while_a_save_waits_for_room_ends_its_wait(script: Script) -> None:
-    hands = Hands(max_pending_jobs=1, max_session_bytes=100)
+    hands = Hands(script.threads, max_pending_jobs=1, max_session_bytes=100)
     job = hands.start("a", nbytes=40)
     script.meanwhile(lambda: hands.commit(job, disk_bytes=60))
     with pytest.raises(DiskQuotaError):
@@ -1401,7 +1392,7 @@ def test_9_a_life_ends_when_its_last_snapshot_is_detached(hands: Hands) -> None:
 
 
 def test_9_a_save_that_waits_for_room_keeps_the_life_that_a_detach_empties(script: Script) -> None:
-    hands = Hands(max_pending_jobs=1)
+    hands = Hands(script.threads, max_pending_jobs=1)
     generation = hands.write("a", 1).ticket.generation
     pinned = hands.start("b")
     life, _ = hands.hold("a", 1)
@@ -1411,7 +1402,7 @@ def test_9_a_save_that_waits_for_room_keeps_the_life_that_a_detach_empties(scrip
 
 
 def test_9_a_life_that_only_a_wait_for_room_kept_ends_with_it(script: Script) -> None:
-    hands = Hands(max_pending_jobs=1)
+    hands = Hands(script.threads, max_pending_jobs=1)
     hands.write("a", 1)
     hands.start("b")
     life, _ = hands.hold("a", 1)

@@ -11,9 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
-from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -32,12 +30,12 @@ from snapstore import (
     StoreClosedError,
     StoreFullError,
     StoreOptions,
-    _state,
 )
 from snapstore._format import Layout, TensorSpec
 from snapstore._memory import HostImage
 from snapstore._records import Cleanup, Commit, Content, Job, Life, Turn
 from snapstore._state import State
+from snapstore._threads import Lock, Threads
 
 REQUESTS = ("a", "b", "c")
 TOKENS = (1, 2)
@@ -67,10 +65,9 @@ class Clock:
     def __init__(self) -> None:
         self.now_s = 1000.0
 
-    def monotonic(self) -> float:
-        return self.now_s
+        self.threads = Threads(monotonic_s=lambda: self.now_s, condition=self.condition)
 
-    def condition(self, lock: threading.Lock) -> threading.Condition:
+    def condition(self, lock: Lock) -> threading.Condition:
         """On one thread nobody wakes anybody: a wait is over at once, as if its time had passed."""
         clock = self
 
@@ -194,10 +191,7 @@ class StateMachine(RuleBasedStateMachine):
             min_free_bytes=free_limit,
         )
         self.clock = Clock()
-        impatient = SimpleNamespace(Lock=threading.Lock, Condition=self.clock.condition)
-        self.patch = mock.patch.multiple(_state, threading=impatient, time=self.clock)
-        self.patch.start()
-        self.state = State(self.options)
+        self.state = State(self.options, self.clock.threads)
         for request_id, token_count in sorted(adopted):
             self.adopt(request_id, token_count, {"a": 7, "b": 4}[request_id])
         for request_id, token_count, then in saved:
@@ -860,12 +854,8 @@ class StateMachine(RuleBasedStateMachine):
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def teardown(self) -> None:
-        if not hasattr(self, "state"):
-            return
-        try:
+        if hasattr(self, "state"):
             self.finish()
-        finally:
-            self.patch.stop()
 
     def finish(self) -> None:
         self.come_to_rest()

@@ -60,7 +60,7 @@ def reset_boundary_snapshot_root(base_dir: str | os.PathLike[str]) -> None:
     if not exists(files, root):
         return
     check_root(files, root)
-    budget = Budget(sessions=1 << 30, deadline_s=time.monotonic() + RESET_S)
+    budget = Budget(time.monotonic, sessions=1 << 30, deadline_s=time.monotonic() + RESET_S)
     reclaim(files, root, budget, lambda: None)
     if budget.errors:
         _log.warning("%d files below %s could not be removed: %s", len(budget.errors), root, budget.errors[0])
