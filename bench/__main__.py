@@ -11,10 +11,11 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from bench._measure import Figure, environment
-from bench._report import plot, table, write_json
+from bench._report import STANDARD_OUTPUT, plot, table, write_json
 
 WORKLOADS = ("save", "drain", "load", "abort", "stall", "scale", "soak", "device")
 BY_DEFAULT = ("save", "drain", "load", "abort", "stall", "scale")
@@ -26,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("workloads", nargs="*", help=f"any of {', '.join(WORKLOADS)}")
     parser.add_argument("--list", action="store_true", help="list the workloads and end")
     parser.add_argument("--quick", action="store_true", help="each as short as it still means something")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures there too; -: on stdout alone"
+    )
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw a picture a workload there")
     chosen = parser.parse_args(arguments)
     unknown = set(chosen.workloads) - set(WORKLOADS)
@@ -36,12 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*(f"{name:10}{_purpose(name)}" for name in WORKLOADS), sep="\n")
         return 0
     machine = environment()
-    print(*(f"{name:12}{value}" for name, value in machine.items()), sep="\n")
-    figures = [each for name in chosen.workloads or BY_DEFAULT for each in _run(name, quick=chosen.quick)]
+    with redirect_stdout(sys.stderr if chosen.json == STANDARD_OUTPUT else sys.stdout):
+        print(*(f"{name:12}{value}" for name, value in machine.items()), sep="\n")
+        figures = [each for name in chosen.workloads or BY_DEFAULT for each in _run(name, quick=chosen.quick)]
+        if chosen.plot:
+            print(*(f"drawn: {path}" for path in plot(chosen.plot, machine, figures)), sep="\n")
     if chosen.json:
         write_json(chosen.json, machine, figures)
-    if chosen.plot:
-        print(*(f"drawn: {path}" for path in plot(chosen.plot, machine, figures)), sep="\n")
     return 0
 
 

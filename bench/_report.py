@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench._measure import LIMIT, SNAPSTORE, Figure
+
+STANDARD_OUTPUT = Path("-")
 
 
 def table(figures: Iterable[Figure], goals: dict[tuple[str, str], str]) -> str:
@@ -27,14 +30,18 @@ def table(figures: Iterable[Figure], goals: dict[tuple[str, str], str]) -> str:
 
 
 def write_json(path: Path, environment: dict[str, str], figures: Sequence[Figure]) -> None:
-    """One object: schema, environment, figures in seconds."""
+    """One object: schema, environment, figures in seconds. ``-``: to standard output."""
     content: dict[str, Any] = {
         "schema": 1,
         "environment": environment,
         "figures": [asdict(each) for each in figures],
     }
+    text = json.dumps(content, indent=1) + "\n"
+    if path == STANDARD_OUTPUT:
+        sys.stdout.write(text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(text)
 
 
 def plot(folder: Path, environment: dict[str, str], figures: Sequence[Figure]) -> list[Path]:
