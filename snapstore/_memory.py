@@ -80,16 +80,22 @@ def size_class(nbytes: int) -> int:
 class HostImage:
     """A snapshot's bytes in host memory: one segment a tensor, in the order of ``layout.specs``.
 
-    ``release`` is called once, when nobody reads the segments any more: it gives the memory back to whom it belongs.
+    Those who read them make them, by ``look``, so that the thread that saves does not. ``release`` is called once, when
+    nobody reads the segments any more: it gives the memory back to whom it belongs.
     """
 
     layout: Layout
-    segments: Sequence[memoryview]
+    look: Callable[[], Sequence[memoryview]]
     on_release: Callable[[], None] = lambda: None
     keeps: Any = field(default=None)
 
+    @property
+    def segments(self) -> Sequence[memoryview]:
+        """Fresh views at each call, on any thread."""
+        return self.look()
+
     def release(self) -> None:
-        self.segments = ()
+        self.look = tuple
         self.keeps = None
         self.on_release()
 

@@ -45,8 +45,8 @@ def copy_host_tensors(placed: Placed, target: memoryview) -> None:
     """Blocks for one copy of what is in host memory, on the calling thread, also of what is lent."""
     near = [index for index, device in enumerate(placed.devices) if device is None]
     if near:
-        views, _keeps = placed.adapter.view([placed.sources[index] for index in near])
-        for index, view in zip(near, views, strict=True):
+        look = placed.adapter.view([placed.sources[index] for index in near])
+        for index, view in zip(near, look(), strict=True):
             offset = placed.layout.offsets[index]
             copy_bytes(view, target[offset : offset + len(view)])
 

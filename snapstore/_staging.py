@@ -44,19 +44,14 @@ def stage(
 ) -> HostImage:
     """The snapshot's bytes in host memory. Blocks for one copy of them, or not at all where they are only looked at."""
     if borrow or adapter.frozen_views:
-        segments, keeps = adapter.view(sources)
-        return HostImage(layout, segments, keeps=keeps)
+        return HostImage(layout, adapter.view(sources))
     buffer = pool.take(layout.nbytes)
     try:
         adapter.copy_into(sources, layout, buffer[: layout.nbytes])
     except BaseException:
         pool.give_back(buffer)
         raise
-    return HostImage(layout, segments_of(layout, buffer), on_release=_giver(pool, buffer))
-
-
-def _giver(pool: BufferPool, buffer: memoryview) -> Callable[[], None]:
-    return lambda: pool.give_back(buffer)
+    return HostImage(layout, partial(segments_of, layout, buffer), partial(pool.give_back, buffer))
 
 
 class Staging:
@@ -306,7 +301,7 @@ class Staging:
 
 def _image(submission: Submission) -> HostImage:
     buffer, layout = submission.buffer, submission.layout
-    return HostImage(layout, segments_of(layout, buffer.view), on_release=buffer.give_back, keeps=buffer)
+    return HostImage(layout, partial(segments_of, layout, buffer.view), buffer.give_back, keeps=buffer)
 
 
 def _how(lane: Lane) -> str:

@@ -114,9 +114,10 @@ class Writer:
             framework=job.content.framework,
             metadata_json=job.content.metadata_json,
         )
-        checksums = checksums_of(image.layout, image.segments) if self._options.checksum else None
+        segments = image.segments
+        checksums = checksums_of(image.layout, segments) if self._options.checksum else None
         header = memoryview(encode_header(image.layout, facts, checksums))
-        return [header, *(image.segments[index] for index in image.layout.file_order)]
+        return [header, *(segments[index] for index in image.layout.file_order)]
 
     def _make_generation(self, life: Life) -> None:
         try:

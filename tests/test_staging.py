@@ -39,7 +39,7 @@ def job_of(state: State, count: int = 64, nbytes: int = 8) -> Job:
 
 
 def image_of(layout: Layout, buffer: HostBuffer) -> HostImage:
-    return HostImage(layout, segments_of(layout, buffer.view))
+    return HostImage(layout, lambda: segments_of(layout, buffer.view))
 
 
 def layout_of(sizes: Sequence[int]) -> Layout:

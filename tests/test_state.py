@@ -152,7 +152,7 @@ class Hands:
         self.imaged.add(job)
         layout = Layout.of([TensorSpec("x", "U8", (job.nbytes,))])
         image = HostImage(
-            layout, [memoryview(bytes(job.nbytes))], on_release=lambda: self.releases.update([job])
+            layout, lambda: [memoryview(bytes(job.nbytes))], on_release=lambda: self.releases.update([job])
         )
         return self.state.admit(job, image)
 

@@ -435,7 +435,9 @@ class StateMachine(RuleBasedStateMachine):
         expected = era.alive and not overtaken and not self.abandoned
         layout = Layout.of([TensorSpec("x", "U8", (save.nbytes,))])
         save.has_image = True
-        image = HostImage(layout, [memoryview(bytes(save.nbytes))], on_release=lambda: self.release(save))
+        image = HostImage(
+            layout, lambda: [memoryview(bytes(save.nbytes))], on_release=lambda: self.release(save)
+        )
         assert self.state.admit(save.job, image) is expected
         if not expected:
             self.settle(save, CANCELLED)

@@ -6,7 +6,7 @@ The rest of snapstore sees tensors only through here. An adapter never sees a fi
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol, cast
 
@@ -18,8 +18,14 @@ from snapstore._types import Framework
 
 _HOME = {"numpy": "numpy", "ml_dtypes": "numpy", "torch": "torch", "mlx": "mlx"}
 
-_SMALL_BYTES = 1024 * 1024
-_LAYOUTS = 256
+SMALL_BYTES = 1024 * 1024
+"""What is copied in one call that holds the GIL."""
+LAYOUTS = 256
+"""Sets of names, dtypes and shapes that are remembered: an engine saves the same ones again and again."""
+
+
+View = Callable[[], Sequence[memoryview]]
+"""Gives the bytes of each tensor, on any thread: those who read them make the views, not the thread that saves."""
 
 
 class Adapter(Protocol):
@@ -29,17 +35,20 @@ class Adapter(Protocol):
     frozen_views: bool
     """True where ``view`` gives memory that nobody can change any more, so that a save needs no copy."""
 
-    def describe(self, tensors: Mapping[str, Any]) -> tuple[list[TensorSpec], list[Any]]:
-        """Check every tensor and say what it is, without copying; ``UnsupportedTensorError`` names the first bad one.
+    def describe(self, tensors: Mapping[str, Any]) -> tuple[Sequence[TensorSpec], Sequence[Any]]:
+        """Check every tensor and say what it is, without copying; ``UnsupportedTensorError`` names a bad one.
 
-        The names are those that ``adapter_for`` has checked.
+        The names are those that ``adapter_for`` has checked. The specs are the same object for the same tensors.
         """
 
     def copy_into(self, sources: Sequence[Any], layout: Layout, buffer: memoryview) -> None:
-        """Copy each source to its place in ``buffer``, which has ``layout.nbytes`` bytes. Done when it returns."""
+        """Copy each source to its place in ``buffer``: the first ``layout.nbytes`` bytes of an ``mmap``.
 
-    def view(self, sources: Sequence[Any]) -> tuple[list[memoryview], Any]:
-        """The bytes of each source in place (a copy where there is no other way), and what keeps them alive."""
+        Done when it returns.
+        """
+
+    def view(self, sources: Sequence[Any]) -> View:
+        """What gives the bytes of each source in place; a copy where there is no other way. It keeps them alive."""
 
     def from_host(self, layout: Layout, buffer: memoryview, device: Any) -> dict[str, Any]:
         """Tensors over ``buffer``, which is the caller's own from here on; copied to ``device`` where one is named."""
@@ -101,7 +110,7 @@ def device_named(framework: Framework, device: Any) -> Device | None:
 def place(source: memoryview, buffer: memoryview, offset: int) -> None:
     """Copy all of ``source`` to ``buffer[offset:]``, holding the GIL; no single call takes longer than 1 MB does."""
     end = offset + len(source)
-    if len(source) <= _SMALL_BYTES:  # at once: 48 small tensors in 60 us, and not in 90
+    if len(source) <= SMALL_BYTES:  # at once: 48 small tensors in 60 us, and not in 90
         buffer[offset:end] = source
     else:
         copy_bytes(source, buffer[offset:end])
@@ -114,9 +123,9 @@ def unsupported(name: str, why: str, *, verb: str = "saved") -> UnsupportedTenso
     return error
 
 
-@lru_cache(maxsize=_LAYOUTS)
+@lru_cache(maxsize=LAYOUTS)
 def _check_names(names: tuple[object, ...]) -> None:
-    """Once for each set of names: an engine saves the same ones again and again."""
+    """Once for each set of names."""
     for name in names:
         _check_name(name)
 

@@ -1,19 +1,21 @@
 """mlx arrays <-> host bytes.
 
 An array's memory is the host's. What mlx evaluated and somebody holds is never written again: ``a[0] = 7`` then makes
-``a`` another array. So the contiguous form of each (mostly the same memory) is a frozen view: a save needs no copy.
+``a`` another array. So another array of the same memory, held, is a frozen view of it: a save needs no copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any, Literal, cast
 
 import mlx.core as mx
 
 from snapstore._format import ITEM_BYTES, Layout, TensorSpec
 from snapstore._types import Framework
-from snapstore.adapters import place, unsupported
+from snapstore.adapters import LAYOUTS, View, place, unsupported
 
 _DTYPES = {
     "BOOL": mx.bool_,
@@ -35,33 +37,27 @@ class MlxAdapter:
     framework: Framework = "mlx"
     frozen_views = True
 
-    def describe(self, tensors: Mapping[str, Any]) -> tuple[list[TensorSpec], list[mx.array]]:
+    def describe(self, tensors: Mapping[str, Any]) -> tuple[Sequence[TensorSpec], Sequence[mx.array]]:
         """Check every array; a lazy one stays lazy. Does not block."""
-        specs, sources = [], []
+        sources = tuple(tensors.values())
         for name, array in tensors.items():
-            if not isinstance(array, mx.array):
+            if type(array) is not mx.array and not isinstance(array, mx.array):
                 raise unsupported(
                     name,
                     f"{type(array).__module__}.{type(array).__qualname__} is no array; save mx.array of it",
                 )
-            dtype = _NAMES.get(array.dtype)
-            if dtype is None:
-                raise unsupported(name, f"safetensors has no dtype {array.dtype}; save array.view(mx.uint8)")
-            specs.append(TensorSpec(name, dtype, tuple(array.shape)))
-            sources.append(array)
-        return specs, sources
+        return _specs(tuple(tensors), tuple(map(_dtype_of, sources)), tuple(map(_shape_of, sources))), sources
 
     def copy_into(self, sources: Sequence[mx.array], layout: Layout, buffer: memoryview) -> None:
         """Blocks until all is evaluated, and then for one copy of the bytes; holds the GIL but between slices."""
-        views, _keeps = self.view(sources)
-        for view, offset in zip(views, layout.offsets, strict=True):
+        for view, offset in zip(self.view(sources)(), layout.offsets, strict=True):
             place(view, buffer, offset)
 
-    def view(self, sources: Sequence[mx.array]) -> tuple[list[memoryview], list[mx.array]]:
-        """Blocks for one ``mx.eval`` of all; copies only what is not contiguous."""
-        arrays = [mx.contiguous(array, stream=_stream_of(array)) for array in sources]
+    def view(self, sources: Sequence[mx.array]) -> View:
+        """Blocks for one ``mx.eval`` of all; what is not contiguous is copied by the thread that reads it."""
+        arrays = list(map(_another_of, sources))
         mx.eval(arrays)
-        return [_bytes_of(array) for array in arrays], arrays
+        return lambda: [_bytes_of(array) for array in arrays]
 
     def from_host(self, layout: Layout, buffer: memoryview, device: Any) -> dict[str, mx.array]:
         """Evaluated arrays, copied from ``buffer``; blocks for that. Any thread may read them."""
@@ -74,14 +70,31 @@ class MlxAdapter:
         return arrays
 
 
-def _stream_of(array: mx.array) -> Any:
-    """The default one; the GPU has no float64."""
-    return mx.cpu if array.dtype == mx.float64 else None
+_dtype_of, _shape_of = attrgetter("dtype"), attrgetter("shape")
+_another_of = mx.array.__copy__
+"""Another array of the same memory (or, of a lazy one, of what it will be). ``mx.array(array)`` copies."""
+
+
+@lru_cache(maxsize=LAYOUTS)
+def _specs(
+    names: tuple[str, ...], dtypes: tuple[mx.Dtype, ...], shapes: tuple[tuple[int, ...], ...]
+) -> tuple[TensorSpec, ...]:
+    for name, dtype in zip(names, dtypes, strict=True):
+        if dtype not in _NAMES:
+            raise unsupported(name, f"safetensors has no dtype {dtype}; save array.view(mx.uint8)")
+    return tuple(map(TensorSpec, names, (_NAMES[dtype] for dtype in dtypes), shapes))
 
 
 def _bytes_of(array: mx.array) -> memoryview:
-    """The memory of an evaluated contiguous array. (A memoryview of no bytes refuses to be cast.)"""
-    return memoryview(cast(Any, array)).cast("B").toreadonly() if array.size else memoryview(b"")
+    """The memory of an evaluated array. (A memoryview of no bytes refuses to be cast.) Lets the GIL go."""
+    if not array.size:
+        return memoryview(b"")
+    view = memoryview(cast(Any, array))
+    if not view.c_contiguous:
+        copied = mx.contiguous(array, stream=mx.cpu)
+        mx.eval(copied)
+        view = memoryview(cast(Any, copied))
+    return view.cast("B").toreadonly()
 
 
 def _is_gpu(device: Any) -> bool:

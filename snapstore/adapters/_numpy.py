@@ -7,6 +7,8 @@ it take 1.1 x alone (strided ones 2 x), and ``np.copyto``, which lets it go once
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy.typing as npt
 
 from snapstore._format import Layout, TensorSpec
 from snapstore._types import Framework
-from snapstore.adapters import place, unsupported
+from snapstore.adapters import LAYOUTS, SMALL_BYTES, View, place, unsupported
 
 try:
     import ml_dtypes
@@ -56,27 +58,30 @@ class NumpyAdapter:
     framework: Framework = "numpy"
     frozen_views = False
 
-    def describe(self, tensors: Mapping[str, Any]) -> tuple[list[TensorSpec], list[_Array]]:
+    def describe(self, tensors: Mapping[str, Any]) -> tuple[Sequence[TensorSpec], list[_Array]]:
         """Check every array; look at its dtype and shape only. Does not block."""
-        sources = [_checked(name, tensor) for name, tensor in tensors.items()]
-        specs = [
-            TensorSpec(name, _NAMES[array.dtype], array.shape)
-            for name, array in zip(tensors, sources, strict=True)
+        sources = [
+            tensor if type(tensor) is np.ndarray else _plain(name, tensor) for name, tensor in tensors.items()
         ]
-        return specs, sources
+        return _specs(tuple(tensors), tuple(map(_dtype_of, sources)), tuple(map(_shape_of, sources))), sources
 
     def copy_into(self, sources: Sequence[_Array], layout: Layout, buffer: memoryview) -> None:
         """Blocks for one copy of the bytes, and holds the GIL but between slices of them."""
-        for array, offset in zip(sources, layout.offsets, strict=True):
-            if array.flags.c_contiguous:
-                place(_bytes_of(array), buffer, offset)
-            else:
+        area: Any = (
+            buffer.obj
+        )  # an mmap takes any array's bytes as they are, at a quarter of a memoryview's cost
+        for array, offset, size in zip(sources, layout.offsets, layout.sizes, strict=True):
+            if not array.flags.c_contiguous:
                 _copy(np.ndarray(array.shape, array.dtype, buffer, offset), array)
+            elif size <= SMALL_BYTES:
+                area[offset : offset + size] = array
+            else:
+                place(_bytes_of(array), buffer, offset)
 
-    def view(self, sources: Sequence[_Array]) -> tuple[list[memoryview], list[_Array]]:
+    def view(self, sources: Sequence[_Array]) -> View:
         """The arrays' own memory; one that is not C-contiguous is copied first, which blocks for that copy."""
-        arrays = [_contiguous(array) for array in sources]
-        return [_bytes_of(array).toreadonly() for array in arrays], arrays
+        arrays = [array if array.flags.c_contiguous else _contiguous(array) for array in sources]
+        return lambda: [_bytes_of(array).toreadonly() for array in arrays]
 
     def from_host(self, layout: Layout, buffer: memoryview, device: Any) -> dict[str, _Array]:
         """Writable arrays over ``buffer``, which the last of them frees. Does not block."""
@@ -90,14 +95,26 @@ class NumpyAdapter:
         }
 
 
-def _checked(name: str, tensor: Any) -> _Array:
+_dtype_of, _shape_of = attrgetter("dtype"), attrgetter("shape")
+
+
+def _plain(name: str, tensor: Any) -> _Array:
+    """A scalar or a subclass as an array."""
     if not isinstance(tensor, np.ndarray | np.generic):
         raise unsupported(name, f"{type(tensor).__qualname__} is no array; save np.asarray of it")
     if isinstance(tensor, np.ma.MaskedArray):
         raise unsupported(name, "it is a masked array; save .data and .mask as two arrays")
-    if tensor.dtype not in _NAMES:
-        raise unsupported(name, _why_not(tensor.dtype))
     return np.asarray(tensor)
+
+
+@lru_cache(maxsize=LAYOUTS)
+def _specs(
+    names: tuple[str, ...], dtypes: tuple[np.dtype[Any], ...], shapes: tuple[tuple[int, ...], ...]
+) -> tuple[TensorSpec, ...]:
+    for name, dtype in zip(names, dtypes, strict=True):
+        if dtype not in _NAMES:
+            raise unsupported(name, _why_not(dtype))
+    return tuple(map(TensorSpec, names, (_NAMES[dtype] for dtype in dtypes), shapes))
 
 
 def _why_not(dtype: np.dtype[Any]) -> str:
@@ -132,8 +149,6 @@ def _bytes_of(array: _Array) -> memoryview:
 
 
 def _contiguous(array: _Array) -> _Array:
-    if array.flags.c_contiguous:
-        return array
     copied = np.empty(array.shape, array.dtype)
     _copy(copied, array)
     return copied

@@ -35,10 +35,13 @@ _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # --- which device ---
 
 
+_is_cuda = operator.attrgetter("is_cuda")
+
+
 def devices_of(tensors: Mapping[str, torch.Tensor]) -> list[Device | None] | None:
     """The CUDA device of each tensor; ``None``: none is on any. Calls no device."""
     with torch._C.DisableTorchFunction():
-        if not any(tensor.is_cuda for tensor in tensors.values()):
+        if not any(map(_is_cuda, tensors.values())):
             return None
         for name, tensor in tensors.items():
             if tensor.is_cuda and tensor.numel() and not tensor.data_ptr():
