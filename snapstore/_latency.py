@@ -46,7 +46,8 @@ class Latencies(NamedTuple):
 
     def with_one(self, name: str, seconds: float) -> Latencies:
         """These with one more observation of ``name``."""
-        return self._replace(**{name: getattr(self, name).with_one(max(0.0, seconds))})
+        at = self._fields.index(name)
+        return Latencies._make((*self[:at], self[at].with_one(max(0.0, seconds)), *self[at + 1 :]))
 
 
 class Reasons(NamedTuple):

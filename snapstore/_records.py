@@ -50,8 +50,7 @@ class Life:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
+class Content(NamedTuple):
     """What goes into the file's header beside the key."""
 
     framework: Framework

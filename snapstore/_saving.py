@@ -7,8 +7,7 @@ First ``offered``: everything is checked, nothing reserved. Then a ``Job`` from 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from snapstore._device import Device
 from snapstore._engine import Engine
@@ -21,8 +20,7 @@ from snapstore._types import SnapshotKey
 from snapstore.adapters import Adapter, adapter_for, devices_of
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(NamedTuple):
     """A save that is not accepted yet: what it is of, and how its bytes are to be laid out."""
 
     key: SnapshotKey

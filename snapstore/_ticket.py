@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 
-from snapstore._threads import Threads
+from snapstore._threads import Event, Threads
 from snapstore._types import SaveState, SnapshotInfo, SnapshotKey
 
 
@@ -18,7 +18,17 @@ class SaveTicket:
         nbytes: tensor bytes.
     """
 
-    __slots__ = ("__weakref__", "_outcome", "_released", "_state", "generation", "key", "nbytes")
+    __slots__ = (
+        "__weakref__",
+        "_bells",
+        "_new_bell",
+        "_outcome",
+        "_released",
+        "_state",
+        "generation",
+        "key",
+        "nbytes",
+    )
 
     def __init__(self, key: SnapshotKey, generation: int, nbytes: int, threads: Threads) -> None:
         self.key = key
@@ -26,7 +36,9 @@ class SaveTicket:
         self.nbytes = nbytes
         self._state = SaveState.STAGING
         self._outcome: Future[SnapshotInfo] = threads.future()
-        self._released = threads.event()
+        self._released = False
+        self._new_bell = threads.event
+        self._bells: list[Event] = []
 
     @property
     def state(self) -> SaveState:
@@ -36,11 +48,16 @@ class SaveTicket:
     @property
     def released(self) -> bool:
         """True: the caller's tensors are not read any more (from the start, without ``borrow``)."""
-        return self._released.is_set()
+        return self._released
 
     def wait_released(self, timeout_s: float | None = None) -> bool:
         """Wait until ``released``; what it says at the end."""
-        return self._released.wait(timeout_s)
+        bell = self._new_bell()
+        self._bells.append(bell)
+        try:
+            return self._released or bell.wait(timeout_s)  # looked at after the bell is there to be rung
+        finally:
+            self._bells.remove(bell)
 
     def done(self) -> bool:
         """True: committed, cancelled or failed; ``result`` does not wait."""
@@ -77,4 +94,6 @@ class SaveTicket:
             self._outcome.set_result(outcome)
 
     def _release(self) -> None:
-        self._released.set()
+        self._released = True
+        for bell in tuple(self._bells):
+            bell.set()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Protocol, cast
 
 from snapstore._device import LABEL, Device
@@ -62,28 +62,20 @@ def adapter_for(tensors: Mapping[str, Any]) -> Adapter:
     if not isinstance(tensors, Mapping):
         raise TypeError(f"tensors must be a mapping from name to tensor, not {type(tensors).__qualname__}")
     _check_names(tuple(tensors))
-    kinds: dict[type, str] = {}
-    for name, tensor in tensors.items():
-        kinds.setdefault(type(tensor), name)
-    frameworks: dict[str, str] = {}
-    for kind, name in kinds.items():
-        frameworks.setdefault(_framework_of(name, kind), name)
-    if len(frameworks) > 1:
-        first, other = list(frameworks)[:2]
-        raise unsupported(
-            frameworks[other], f"it is a {other} tensor among {first} tensors; save one framework at a time"
-        )
-    return adapter_named(next(iter(frameworks), "numpy"))
+    frameworks = set(map(_framework_of, set(map(type, tensors.values()))))
+    if None in frameworks or len(frameworks) > 1:
+        raise _not_of_one(tensors)
+    return adapter_named(next(iter(frameworks), None) or "numpy")
 
 
+@cache
 def adapter_named(framework: str) -> Adapter:
     """The adapter called ``framework``, imported now. ``ValueError``: no such one; ``ImportError``: not installed."""
     if framework not in _HOME.values():
         raise ValueError(
             f"framework must be one of {tuple(dict.fromkeys(_HOME.values()))}, not {framework!r}"
         )
-    module = importlib.import_module(f"snapstore.adapters._{framework}")
-    return cast(Adapter, module.ADAPTER)
+    return cast(Adapter, _module(framework).ADAPTER)
 
 
 def devices_of(framework: Framework, tensors: Mapping[str, Any]) -> Sequence[Device | None] | None:
@@ -93,8 +85,7 @@ def devices_of(framework: Framework, tensors: Mapping[str, Any]) -> Sequence[Dev
         return devices if any(device is not None for device in devices) else None
     if framework != "torch":
         return None
-    cuda = importlib.import_module("snapstore.adapters._torch_cuda")
-    return cast("Sequence[Device | None] | None", cuda.devices_of(tensors))
+    return cast("Sequence[Device | None] | None", _module("torch_cuda").devices_of(tensors))
 
 
 def device_named(framework: Framework, device: Any) -> Device | None:
@@ -103,8 +94,7 @@ def device_named(framework: Framework, device: Any) -> Device | None:
         return cast(Device, device)
     if framework != "torch" or device is None:
         return None
-    cuda = importlib.import_module("snapstore.adapters._torch_cuda")
-    return cast("Device | None", cuda.device_named(device))
+    return cast("Device | None", _module("torch_cuda").device_named(device))
 
 
 def place(source: memoryview, buffer: memoryview, offset: int) -> None:
@@ -142,9 +132,31 @@ def _check_name(name: object) -> None:
             raise ValueError(f"tensor {name!r}: a lone surrogate in a name can not be written") from error
 
 
-def _framework_of(name: str, kind: type) -> str:
-    for cls in kind.__mro__:
-        home = _HOME.get(cls.__module__.partition(".")[0])
-        if home is not None:
-            return home
-    raise unsupported(name, f"a {kind.__module__}.{kind.__qualname__} is no numpy, torch or mlx tensor")
+@cache
+def _module(name: str) -> Any:
+    return importlib.import_module(f"snapstore.adapters._{name}")
+
+
+@lru_cache(maxsize=LAYOUTS)
+def _framework_of(kind: type) -> str | None:
+    """``None``: no tensor that is known here."""
+    homes = (_HOME.get(cls.__module__.partition(".")[0]) for cls in kind.__mro__)
+    return next((home for home in homes if home is not None), None)
+
+
+def _not_of_one(tensors: Mapping[str, Any]) -> UnsupportedTensorError:
+    """The error for the first tensor that is of no framework, or of another than the first."""
+    first: str | None = None
+    for name, tensor in tensors.items():
+        kind: type = type(tensor)
+        framework = _framework_of(kind)
+        if framework is None:
+            return unsupported(
+                name, f"a {kind.__module__}.{kind.__qualname__} is no numpy, torch or mlx tensor"
+            )
+        first = first or framework
+        if framework != first:
+            break
+    return unsupported(
+        name, f"it is a {framework} tensor among {first} tensors; save one framework at a time"
+    )
