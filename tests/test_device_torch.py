@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import pkgutil
+import runpy
 import subprocess
 import sys
 import threading
@@ -20,6 +23,7 @@ from snapstore._format import ITEM_BYTES, Layout  # noqa: E402
 from snapstore.adapters import _torch_cuda, device_named, devices_of  # noqa: E402
 from snapstore.adapters._torch import _DTYPES, ADAPTER  # noqa: E402
 
+CHECKOUT = Path(__file__).resolve().parents[1]
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here; tests/gpu looks at it")
 
 
@@ -66,6 +70,15 @@ def test_packing_in_inference_mode_is_the_same() -> None:
     with torch.inference_mode():
         got, expected = packed(variety())
     assert got == expected
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_packing_under_autocast_is_the_same(half: torch.dtype) -> None:
+    """Autocast refuses to join tensors of the other half precision, and widens what it joins."""
+    with torch.autocast("cpu", dtype=half):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            got, expected = packed({"one": torch.randn(3).to(dtype), "two": torch.randn(3).to(dtype)})
+            assert got == expected
 
 
 @pytest.mark.parametrize("count", [1, 2, 1000])
@@ -146,13 +159,57 @@ with SnapshotStore(sys.argv[1]) as store:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_driver_is_asked_by_names_that_exist_where_it_does() -> None:
-    driver = _torch_cuda.driver_library()
-    if driver is None:
+# -- names: what runs without a GPU can not find one that is misspelt -------------------------------------------------
+
+FOR_A_GPU = [
+    *(CHECKOUT / "snapstore" / "adapters").glob("_torch*.py"),
+    *(CHECKOUT / "tests" / "gpu").glob("*.py"),
+    *(CHECKOUT / "bench").glob("*.py"),
+]
+
+
+def names_of_torch(path: Path) -> set[str]:
+    """Dotted names that begin with ``torch``, as far as they go without a call; imports too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and (dotted := ast.unparse(node)).startswith("torch."):
+            found.add(dotted.partition("(")[0])
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torch":
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FOR_A_GPU, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_name_of_torch_in_code_for_a_gpu_exists(path: Path) -> None:
+    missing = []
+    for name in names_of_torch(path):
+        try:
+            pkgutil.resolve_name(name)
+        except (AttributeError, ImportError):
+            missing.append(name)
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    "name", ["EventQuery", "ThreadExchangeStreamCaptureMode", "HostRegister", "HostUnregister"]
+)
+def test_the_driver_s_functions_are_called_alike_by_both_vendors(name: str) -> None:
+    """As torch itself translates them. (``cuda...`` of the runtime is ``cu...`` of the driver.)"""
+    tables = runpy.run_module("torch.utils.hipify.cuda_to_hip_mappings")
+    translations = {
+        key: to for table in tables.values() if isinstance(table, dict) for key, to in table.items()
+    }
+    found = translations[f"cuda{name}"]
+    assert (found if isinstance(found, str) else found[0]) == f"hip{name}"
+    assert name in Path(_torch_cuda.__file__).read_text()
+
+
+def test_the_driver_s_functions_are_there_where_it_is() -> None:
+    if _torch_cuda.driver_function("Init") is None:
         pytest.skip("no driver here")
-    library, prefix = driver
-    for name in ("EventQuery", "ThreadExchangeStreamCaptureMode"):
-        assert getattr(library, prefix + name)
+    assert _torch_cuda.driver_function("EventQuery") is not None
+    assert _torch_cuda.driver_function("ThreadExchangeStreamCaptureMode") is not None
+    assert _torch_cuda.driver_function("NothingOfThisName") is None
 
 
 @WITHOUT_GPU
@@ -182,7 +239,7 @@ class StandInEvent:
 
 
 class StandInStream:
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int = 0, priority: int = 0) -> None:
         self.waited: list[StandInEvent] = []
 
     def wait_event(self, event: StandInEvent) -> None:
@@ -199,15 +256,21 @@ class StandInRuntime:
 
     def __init__(self) -> None:
         self.pinned: dict[int, int] = {}
+        self.refuses = False
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
         assert address not in self.pinned and flags == 1
+        if self.refuses:
+            return 2
         self.pinned[address] = nbytes
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
         del self.pinned[address]
         return 0
+
+    def cudaGetErrorString(self, code: int) -> str:  # noqa: N802
+        return {2: "out of memory"}[code]
 
 
 @pytest.fixture
@@ -229,7 +292,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> StandInRuntime:
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    monkeypatch.setattr(_torch_cuda, "driver_library", lambda: None)
+    monkeypatch.setattr(_torch_cuda, "driver_function", lambda name: None)
     monkeypatch.setattr(_torch_cuda, "devices_of", lambda tensors: [device] * len(tensors) or None)
     monkeypatch.setattr(_torch_cuda, "device_named", lambda name: device)
     return runtime
@@ -255,3 +318,27 @@ def test_the_cuda_device_brings_every_kind_of_tensor_there_and_back(
     assert store.stats().pageable_copies == (1 if pinned_bytes else 2)
     report = store.shutdown(cleanup=True)
     assert report.clean and runtime.pinned == {}
+
+
+def test_a_runtime_that_refuses_to_pin_is_told_of_in_its_own_words(
+    root: Path, runtime: StandInRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime.refuses = True
+    with SnapshotStore(root, StoreOptions(max_pinned_bytes=4096)) as store:
+        store.save("request", 1, {"a": torch.arange(3)}).result(10)
+        wait_for(lambda: "not_pinned" in caplog.text)
+        assert "cudaHostRegister of 4096 bytes: out of memory (2)" in caplog.text
+        assert store.load("request", 1).tensors["a"].tolist() == [0, 1, 2]
+
+
+def test_a_thread_that_may_spoil_a_capture_says_so(
+    root: Path, runtime: StandInRuntime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(mode: object) -> int:
+        return 201
+
+    named = {"ThreadExchangeStreamCaptureMode": refused}
+    monkeypatch.setattr(_torch_cuda, "driver_function", named.get)
+    with SnapshotStore(root, StoreOptions(max_pinned_bytes=0)) as store:
+        store.save("request", 1, {"a": torch.arange(3)}).result(10)
+    assert "the driver says 201" in caplog.text and "snapstore-device-cpu" in caplog.text

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import logging
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from snapstore._device import Block, Device, DeviceLostError, Move, StreamCaptureError
 from snapstore._format import Layout
 from snapstore.adapters import unsupported
-from snapstore.adapters._torch import _DTYPES, _keys
+from snapstore.adapters._torch import _DTYPES, _as_plain_tensors, _keys
 
 _NOT_READY = 600
 _RELAXED = 2
@@ -28,6 +29,8 @@ _PORTABLE = 1
 
 _INDEX_MAX = 2**31 - 1
 """``torch.cat`` copies tensor by tensor what it can not index in 32 bits."""
+
+_log = logging.getLogger("snapstore.device")
 
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -40,7 +43,7 @@ _is_cuda = operator.attrgetter("is_cuda")
 
 def devices_of(tensors: Mapping[str, torch.Tensor]) -> list[Device | None] | None:
     """The CUDA device of each tensor; ``None``: none is on any. Calls no device."""
-    with torch._C.DisableTorchFunction():
+    with _as_plain_tensors():
         if not any(map(_is_cuda, tensors.values())):
             return None
         for name, tensor in tensors.items():
@@ -93,12 +96,12 @@ class CudaDevice:
 
     def pack(self, tensors: Sequence[torch.Tensor]) -> list[Block]:
         """One launch for up to 128 tensors of a width, and one for each that is not contiguous."""
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with _as_they_are():
             return [Block(flat, flat.nbytes) for flat in map(_packed, runs_of(tensors))]
 
     def lend(self, tensors: Sequence[torch.Tensor]) -> list[Block]:
         """One block a tensor."""
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with _as_they_are():
             return [Block(_dense(tensor), tensor.nbytes) for tensor in tensors if tensor.numel()]
 
     def mark(self) -> torch.cuda.Event:
@@ -114,23 +117,27 @@ class CudaDevice:
     def pin(self, area: memoryview) -> None:
         """Registers the pages with every context."""
         self._enter_thread()
-        code = torch.cuda.cudart().cudaHostRegister(_address(area), len(area), _PORTABLE)
+        runtime = torch.cuda.cudart()
+        code = runtime.cudaHostRegister(_address(area), len(area), _PORTABLE)
         if int(code):
-            raise OSError(f"cudaHostRegister of {len(area)} bytes: {code}")
+            raise OSError(
+                f"cudaHostRegister of {len(area)} bytes: {runtime.cudaGetErrorString(code)} ({int(code)})"
+            )
 
     def unpin(self, area: memoryview) -> None:
         """May wait for the device."""
         self._enter_thread()
-        code = torch.cuda.cudart().cudaHostUnregister(_address(area))
+        runtime = torch.cuda.cudart()
+        code = runtime.cudaHostUnregister(_address(area))
         if int(code):
-            raise OSError(f"cudaHostUnregister: {code}")
+            raise OSError(f"cudaHostUnregister: {runtime.cudaGetErrorString(code)} ({int(code)})")
 
     def upload(
         self, layout: Layout, pieces: Sequence[memoryview]
     ) -> tuple[dict[str, torch.Tensor], torch.cuda.Event]:
         """Views of one tensor of bytes. Waits for the copy of a piece only if its memory is not pinned."""
         stream, mark = self._upload_stream(), torch.cuda.Event()
-        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch.inference_mode(False), _as_they_are():
             with torch.cuda.stream(stream):
                 arena = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.name)
                 try:
@@ -146,7 +153,7 @@ class CudaDevice:
     def _upload_stream(self) -> torch.cuda.Stream:
         with self._making:
             if self._uploads is None:
-                self._uploads = torch.cuda.Stream(self._index)
+                self._uploads = _own_stream(self._index)
             return self._uploads
 
     def _enter_thread(self) -> None:
@@ -166,7 +173,7 @@ class CudaChannel:
     def __init__(self, index: int) -> None:
         torch.cuda.set_device(index)
         _relax_capture()
-        self._stream = torch.cuda.Stream(index)
+        self._stream = _own_stream(index)
         torch.cuda.set_stream(self._stream)
         # What was made in inference mode can be read here, and no graph of gradients is ever built.
         self._mode = torch.inference_mode()
@@ -177,7 +184,7 @@ class CudaChannel:
         """Returns at once for pinned targets; for others when the copy is made."""
         if after is not None:
             self._stream.wait_event(after)
-        with torch._C.DisableTorchFunction():
+        with _as_plain_tensors():
             for move in moves:
                 whole = move.data.detach().view(-1).view(torch.uint8)
                 source = whole[move.offset : move.offset + len(move.target)]
@@ -193,6 +200,22 @@ class CudaChannel:
     def done(self, mark: torch.cuda.Event) -> bool:
         """One call of the driver, without the GIL."""
         return self._reached(mark)
+
+
+def _own_stream(index: int) -> torch.cuda.Stream:
+    """A stream that is nobody else's, or nearly so.
+
+    torch hands out 32 for each priority, round and round. Those of the usual one are the engine's, which may be
+    capturing a graph on one of them, or have it stand behind a long kernel.
+    """
+    return torch.cuda.Stream(index, priority=-1)
+
+
+@contextmanager
+def _as_they_are() -> Iterator[None]:
+    """Without gradients, without a say of subclasses and modes; and without autocast, under which ``cat`` is choosy."""
+    with torch.no_grad(), _as_plain_tensors(), torch._C._DisableAutocast():
+        yield
 
 
 # --- packing ---
@@ -289,31 +312,37 @@ def _views(arena: torch.Tensor, layout: Layout) -> Iterator[tuple[str, torch.Ten
 # --- the driver ---
 
 
-def driver_library() -> tuple[ctypes.CDLL, str] | None:
-    """The driver's library and the prefix of its functions; ``None``: not to be had under the names known here."""
-    name, prefix = ("libamdhip64.so", "hip") if torch.version.hip else ("libcuda.so.1", "cu")
+def driver_function(name: str) -> Any:
+    """This function of the driver that torch has loaded, which drops the GIL; ``None``: not to be had here.
+
+    There may be several HIP runtimes on a machine, so torch's own is found through what torch has linked.
+    """
+    hip = torch.version.hip is not None
+    library = f"{torch.__path__[0]}/lib/libtorch_hip.so" if hip else "libcuda.so.1"
     try:
-        return ctypes.CDLL(name), prefix
-    except OSError:
+        return getattr(ctypes.CDLL(library), ("hip" if hip else "cu") + name)
+    except (OSError, AttributeError):
         return None
 
 
 def _relax_capture() -> None:
     """Let the calling thread make any call while another captures a graph; by default some would spoil the capture."""
-    driver = driver_library()
-    if driver is not None:
-        library, prefix = driver
-        mode = ctypes.c_int(_RELAXED)
-        getattr(library, f"{prefix}ThreadExchangeStreamCaptureMode")(ctypes.byref(mode))
+    exchange = driver_function("ThreadExchangeStreamCaptureMode")
+    code = exchange(ctypes.byref(ctypes.c_int(_RELAXED))) if exchange is not None else "nothing"
+    if code != 0:
+        _log.warning(
+            "capture_not_relaxed: the driver says %s; a graph that is captured while %s works may be spoiled",
+            code,
+            threading.current_thread().name,
+            extra={"event": "capture_not_relaxed", "reason": "device"},
+        )
 
 
 def _event_query() -> Callable[[torch.cuda.Event], bool]:
     """A question to the driver that drops the GIL; torch's own, which holds it, where there is no other way."""
-    driver = driver_library()
-    if driver is None:
+    query = driver_function("EventQuery")
+    if query is None:
         return _asked_of_torch
-    library, prefix = driver
-    query = getattr(library, f"{prefix}EventQuery")
     query.argtypes = [ctypes.c_void_p]
     query.restype = ctypes.c_int
 

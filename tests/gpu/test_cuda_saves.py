@@ -7,19 +7,21 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from gpu_tools import PATIENCE_S, MiB, assert_same, open_store, pinned, sleep, wait_for  # noqa: E402
-from torch_tensors import variety  # noqa: E402
+import torch
+from gpu_tools import PATIENCE_S, MiB, assert_same, open_store, pinned, sleep, wait_for
+from torch_tensors import variety
 
-from snapstore import SaveFailedError, SaveState, SnapshotStore, UnsupportedTensorError  # noqa: E402
-from snapstore._device import Move, StreamCaptureError  # noqa: E402
-from snapstore.adapters import _torch_cuda  # noqa: E402
+from snapstore import SaveFailedError, SaveState, SnapshotStore, UnsupportedTensorError
+from snapstore._device import Move, StreamCaptureError
+from snapstore.adapters._torch_cuda import CudaChannel, CudaDevice, device_at, driver_function
 
 pytestmark = [
     pytest.mark.gpu,
@@ -133,10 +135,10 @@ def test_the_control_a_copy_that_does_not_wait_for_the_producer_is_wrong() -> No
     target = memoryview(bytearray(tensor.nbytes))
     torch.cuda.synchronize()
     sleep(0.5)
-    blocks = _torch_cuda.device_at(0).pack([tensor, tensor])
+    blocks = device_at(0).pack([tensor, tensor])
 
     def copy() -> None:
-        channel = _torch_cuda.device_at(0).open()
+        channel = device_at(0).open()
         mark = channel.start(None, [Move(blocks[0].data, 0, target)])
         wait_for(lambda: channel.done(mark))
 
@@ -188,14 +190,22 @@ def test_lent_tensors_are_released_with_their_event_and_kept_until_then(store: S
 # -- the host does not wait -----------------------------------------------------------------------------------------
 
 
+def warm_up(store: SnapshotStore, tensors: dict[str, torch.Tensor], count: int) -> None:
+    """Loading a kernel, and more memory for the allocator, may wait for the device; so that is behind us."""
+    sleep(0.3)
+    tickets = [store.save("warm", step, tensors) for step in range(count)]
+    for ticket in tickets:
+        ticket.result(PATIENCE_S)
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("count", [1, 64, 1000])
 def test_a_save_behind_a_long_kernel_returns_at_once_and_asks_for_no_synchronisation(
     store: SnapshotStore, count: int
 ) -> None:
     pinned(store)
     tensors = {f"layer.{number}": torch.randn(4096, device="cuda") for number in range(count)}
-    store.save("warm", count, tensors).result(PATIENCE_S)
-    torch.cuda.synchronize()
+    warm_up(store, tensors, 5)
     sleep(2.0)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -214,7 +224,8 @@ def test_a_load_to_the_device_does_not_wait_for_its_streams(store: SnapshotStore
     pinned(store)
     expected = torch.randn(4 * MiB, device="cuda")
     store.save("request", 1, {"a": expected}).result(PATIENCE_S)
-    store.load("request", 1, device="cuda")
+    for _ in range(2):
+        assert bool((store.load("request", 1, device="cuda").tensors["a"] == expected).all())
     torch.cuda.synchronize()
     sleep(1.0)
     torch.cuda.set_sync_debug_mode("error")
@@ -251,7 +262,7 @@ def test_a_thousand_tensors_take_few_launches(store: SnapshotStore) -> None:
 def test_nothing_is_pinned_after_the_first_use(store: SnapshotStore, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned(store)
     pins: list[int] = []
-    monkeypatch.setattr(_torch_cuda.CudaDevice, "pin", lambda self, area: pins.append(len(area)))
+    monkeypatch.setattr(CudaDevice, "pin", lambda self, area: pins.append(len(area)))
     before = store.stats()
     for step in range(50):
         tensor = torch.full((1000 * (step + 1),), float(step), device="cuda")
@@ -270,7 +281,7 @@ def test_without_pinned_memory_the_bytes_are_right_too(
         def pin(self: object, area: memoryview) -> None:
             raise OSError("refused")
 
-        monkeypatch.setattr(_torch_cuda.CudaDevice, "pin", pin)
+        monkeypatch.setattr(CudaDevice, "pin", pin)
     with open_store(root, max_pinned_bytes=256 * MiB if refuse else 0) as store:
         for step in range(10):
             tensor = torch.full((MiB,), float(step), device="cuda")
@@ -296,13 +307,13 @@ def test_snapshots_larger_than_a_chunk_of_the_slab(store: SnapshotStore) -> None
 
 def test_the_poll_answers_without_the_interpreter_lock() -> None:
     """While one thread polls as fast as it can, another one that needs the lock goes on."""
-    assert _torch_cuda.driver_library() is not None
+    assert driver_function("EventQuery") is not None
     sleep(0.3)
-    mark = _torch_cuda.device_at(0).mark()
+    mark = device_at(0).mark()
     answers: list[bool] = []
 
     def poll() -> None:
-        channel = _torch_cuda.device_at(0).open()
+        channel = device_at(0).open()
         while not channel.done(mark):
             answers.append(False)
         answers.append(True)
@@ -344,19 +355,20 @@ def test_graphs_are_captured_while_the_threads_of_the_store_work(
     In the strictest mode, in which by default a query of an event on any thread spoils the capture.
     """
     begun = threading.Event()
-    start = _torch_cuda.CudaChannel.start
-    pin = _torch_cuda.CudaDevice.pin
+    start, pin = CudaChannel.start, CudaDevice.pin
 
-    def started_then(self, after, moves):
+    def started_then(
+        self: CudaChannel, after: torch.cuda.Event | None, moves: Sequence[Move]
+    ) -> torch.cuda.Event:
         assert begun.wait(PATIENCE_S)
         return start(self, after, moves)
 
-    def pinned_then(self, area):
+    def pinned_then(self: CudaDevice, area: memoryview) -> None:
         assert begun.wait(PATIENCE_S)
-        return pin(self, area)
+        pin(self, area)
 
-    monkeypatch.setattr(_torch_cuda.CudaChannel, "start", started_then)
-    monkeypatch.setattr(_torch_cuda.CudaDevice, "pin", pinned_then)
+    monkeypatch.setattr(CudaChannel, "start", started_then)
+    monkeypatch.setattr(CudaDevice, "pin", pinned_then)
     counter = torch.zeros(1000, device="cuda")
     source = torch.full((4 * MiB,), 5.0, device="cuda")
     side = torch.cuda.Stream()
@@ -369,8 +381,7 @@ def test_graphs_are_captured_while_the_threads_of_the_store_work(
             graph.capture_begin(capture_error_mode="global")
             counter.add_(1)
             begun.set()
-            for ticket in tickets:
-                wait_for(lambda ticket=ticket: ticket.state is not SaveState.STAGING)
+            wait_for(lambda: all(ticket.state is not SaveState.STAGING for ticket in tickets))
             counter.add_(1)
             graph.capture_end()
         graph.replay()
@@ -458,15 +469,18 @@ def test_a_poisoned_device_is_lost_and_host_data_is_still_written(root: Path) ->
     done = script(
         root,
         """
+values, far = torch.zeros(10, device="cuda"), torch.tensor([1 << 20], device="cuda")
+values[far - far]                          # its kernel is loaded, and its memory there: that may wait for the device
+store.save("warm", 1, {"a": tensor}).result(30)
 torch.cuda._sleep(400_000_000)
 flying = store.save("flying", 1, {"a": tensor})
-torch.zeros(10, device="cuda")[torch.tensor([1 << 20], device="cuda")]   # an assertion on the device: a sticky error
+values[far]                                # an assertion of that kernel fails: an error that stays
 behind = store.save("behind", 1, {"a": tensor})
 for ticket in (flying, behind):
     try:
         ticket.result(30)
     except SaveFailedError as error:
-        print("failed", error.__cause__)
+        print("failed", type(error.__cause__).__name__)
     else:
         print("written")
 host = store.save("host", 1, {"a": torch.arange(4)}).result(30)
@@ -485,6 +499,7 @@ os._exit(0)
     assert done.returncode == 0, done.stderr
     assert lines[-1] == "ended True True", (done.stdout, done.stderr)
     assert lines[-2] == "refused" and lines[-3] == "degraded ['lost']", (done.stdout, done.stderr)
+    assert lines[1].startswith("failed"), (done.stdout, done.stderr)
 
 
 def test_a_process_with_a_wedged_device_ends_its_stores_in_time_at_sigterm(root: Path) -> None:
@@ -492,25 +507,25 @@ def test_a_process_with_a_wedged_device_ends_its_stores_in_time_at_sigterm(root:
         root,
         """
 import logging
-logging.basicConfig(level=logging.WARNING)
+class Said(logging.Handler):
+    def emit(self, record):
+        print(round(time.monotonic() - signalled_s, 1), record.getMessage(), flush=True)
+logging.getLogger("snapstore").addHandler(Said())
+logging.getLogger("snapstore").setLevel(logging.INFO)
 from snapstore.signals import install_sigterm_handler
-install_sigterm_handler(store, grace_s=3.0, cleanup=False)
 cycles = 2_000_000_000
 before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 before.record(); torch.cuda._sleep(cycles); after.record(); after.synchronize()
+install_sigterm_handler(store, grace_s=3.0, cleanup=False)
 torch.cuda._sleep(int(cycles / before.elapsed_time(after) * 8000))
 store.save("request", 1, {"a": tensor}, borrow=True)
-ended = store._engine.shutdown
-def shutdown(**how):
-    started = time.monotonic()
-    report = ended(**how)
-    print("ended", round(time.monotonic() - started, 1), report.leaked_bytes > 0, flush=True)
-    return report
-store._engine.shutdown = shutdown
+signalled_s = time.monotonic()
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(40)
 """,
     )
-    ended = [line.split() for line in done.stdout.splitlines() if line.startswith("ended")]
-    assert ended and float(ended[0][1]) < 3.0 and ended[0][2] == "True", (done.stdout, done.stderr)
+    ended = [
+        line for line in done.stdout.splitlines() if "bytes that a device may still touch are kept" in line
+    ]
+    assert ended and float(ended[0].partition(" ")[0]) < 3.5, (done.stdout, done.stderr)
     assert done.returncode == 0, done.stderr
