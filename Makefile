@@ -14,7 +14,7 @@ ready := $(VENV)/.ready-$(key)
 bench_ready := $(VENV)/.ready-bench-$(key)
 
 .DELETE_ON_ERROR:
-.PHONY: help test crash engines check format-check lint types layers format demo bench bench-quick clean
+.PHONY: help test crash engines gpu check format-check lint types layers format demo bench bench-quick clean
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -28,6 +28,10 @@ crash: $(ready) ## Kill processes at their system calls, 1,000 times, and look a
 engines: $(ready) ## Contract tests inside SGLang's and vLLM's own files; fetches their wheels once (400 MB)
 	@mkdir -p $(VENV)/engines
 	@SNAPSTORE_ENGINES='$(CURDIR)/$(VENV)/engines' $(bin)/python -m pytest -m engines tests/engines $(ARGS)
+
+gpu: $(bench_ready) ## Tests and measurements that need a CUDA device, and a build of torch that knows it
+	@$(bin)/python -m pytest -m gpu tests/gpu $(ARGS)
+	@$(bin)/python -m bench device --json $(VENV)/device.json
 
 check: format-check lint types layers ## Formatting, lint, types, layers
 
