@@ -14,7 +14,7 @@ ready := $(VENV)/.ready-$(key)
 bench_ready := $(VENV)/.ready-bench-$(key)
 
 .DELETE_ON_ERROR:
-.PHONY: help test crash engines gpu check format-check lint types layers format demo bench bench-quick clean
+.PHONY: help test crash faults engines gpu check format-check lint types layers format demo bench bench-quick clean
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -24,6 +24,9 @@ test: $(ready) ## The tests; ARGS="-k save" goes to pytest, WORKERS=2 runs two a
 
 crash: $(ready) ## Kill processes at their system calls, 1,000 times, and look at what they left; 2 minutes
 	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m crash $(ARGS)
+
+faults: $(ready) ## Have every operation on the disk fail in every way, and hang; 8 minutes
+	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m slow tests/test_faults.py $(ARGS)
 
 engines: $(ready) ## Contract tests inside SGLang's and vLLM's own files; fetches their wheels once (400 MB)
 	@mkdir -p $(VENV)/engines

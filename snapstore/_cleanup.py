@@ -172,11 +172,14 @@ class Sweeper:
         return life.doomed_bytes
 
     def _sweep_what_came(self) -> None:
-        """Called between two removals: a cleaner may be waiting, or shutdown's time be up."""
+        """Called between two removals: a cleaner may be waiting, or shutdown's time be up.
+
+        What was forgotten is out of the way first, or the next store could adopt it.
+        """
         self.busy_since_s = now_s = self._monotonic_s()
+        self._sweep(self._state.take_dirt())
         if self._ending is not None and now_s >= self._ending.give_up_s:
             raise _TimeIsUp
-        self._sweep(self._state.take_dirt())
 
     def _empty_trash(self) -> None:
         """Free the bytes of all that waits, and of what comes meanwhile; what will not go waits for the next round."""

@@ -265,14 +265,14 @@ def remove_tree(
     try:
         with opened(files, open_within(files, path, dir_fd, depth)) as fd:
             for name in sorted(files.names(fd), key=lambda name: name == keep_last):
-                if name == keep_last and errors:
+                if name == keep_last and (errors or files.names(fd) != [keep_last]):
                     break
                 between()
                 more, wrong = _remove_entry(files, name, fd, between, depth)
                 freed += more
                 errors += wrong
     except FileNotFoundError:
-        return freed, errors
+        pass  # gone already, if the disk tells the truth: the removal below would not go if it does not
     except OSError as error:
         errors.append(error)
     if not errors:

@@ -352,7 +352,8 @@ def _read_marker(files: FileSystem, root: str) -> dict[str, object]:
             count = read_exactly(files, fd, buffer, 0)
         marker = json.loads(bytes(buffer[:count]))
     except (OSError, ValueError, RecursionError) as error:
-        raise root_error(root, f"its marker can not be read: {error}", errno.EINVAL) from error
+        number = error.errno if isinstance(error, OSError) else errno.EINVAL
+        raise root_error(root, f"its marker can not be read: {error}", number) from error
     if not isinstance(marker, dict) or marker.get("format") != MARKER_FORMAT:
         why = f"its marker says {marker!r}, this snapstore knows format {MARKER_FORMAT}; upgrade"
         raise root_error(root, why, errno.EINVAL)

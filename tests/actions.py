@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 import zlib
@@ -17,11 +18,18 @@ from snapstore import (
     SaveFailedError,
     SaveState,
     SaveTicket,
+    SnapshotCorruptError,
     SnapshotNotFoundError,
     SnapshotStore,
     StoreOptions,
+    _paths,
 )
 from snapstore._engine import Engine
+from snapstore._maintenance.plan import Rules, make_plan
+from snapstore._maintenance.prune import carry_out
+from snapstore._maintenance.root import opened_root
+from snapstore._maintenance.survey import sessions, surroundings
+from snapstore._maintenance.verify import verify_root
 from snapstore._state import State
 from snapstore.testing import FaultyFileSystem
 
@@ -61,8 +69,9 @@ def everything_in(store: SnapshotStore, keys: set[Key]) -> dict[Key, int | None]
 
 
 def sessions_in(root: Path) -> list[Path]:
-    """Everything in a root but its marker: sessions, and what is left of some."""
-    return sorted(path for path in root.iterdir() if path.name != ".snapstore") if root.exists() else []
+    """Everything in a root but its marker and what was put in quarantine: sessions, and what is left of some."""
+    stays = {_paths.MARKER, _paths.QUARANTINE}
+    return sorted(path for path in root.iterdir() if path.name not in stays) if root.exists() else []
 
 
 def wait_until(predicate: Callable[[], object]) -> None:
@@ -106,6 +115,9 @@ class Stage:
     store: SnapshotStore | None = None
     tickets: dict[Key, SaveTicket] = field(default_factory=dict)
     report: Any = None
+    raised: list[Exception] = field(default_factory=list)
+    """What a caller was told besides, where that may be."""
+    timeout_s: float = PATIENCE_S
     say: Callable[..., None] = lambda *words: None
     """Hears of what a user was told: ``committed REQUEST TOKENS VERSION``, ``cleaned REQUEST``."""
 
@@ -138,11 +150,20 @@ def open_nothing_yet(stage: Stage) -> None:
 def save_and_replace(stage: Stage) -> None:
     for key in (("a", 3), ("a", 1), ("c", 1)):
         stage.save(key, 1)
-    assert stage.opened.flush(PATIENCE_S)
+    stage.opened.flush(stage.timeout_s)
+
+
+def load_everything(stage: Stage) -> None:
+    """What can not be read just now is an error, never something else than was saved."""
+    for key, version in BEFORE.items():
+        try:
+            assert version_of(stage.opened, key) == version
+        except (OSError, SnapshotCorruptError) as error:
+            stage.raised.append(error)
 
 
 def clean_one_request(stage: Stage) -> None:
-    stage.report = stage.opened.cleanup_request("a", timeout_s=PATIENCE_S)
+    stage.report = stage.opened.cleanup_request("a", timeout_s=stage.timeout_s)
     if stage.report.clean:
         stage.say("cleaned", "a")
     let_sweeper_finish(stage.opened)
@@ -150,19 +171,44 @@ def clean_one_request(stage: Stage) -> None:
 
 def let_sweeper_finish(store: SnapshotStore) -> None:
     """Until it has looked at all that it was given. It takes a second request when it is done with the first."""
-    state = state_of(store)
+    state, thread = state_of(store), engine_of(store)._sweeper_thread  # noqa: SLF001 - nothing else tells
     for _ in range(2):
         state.ask_sweeper()
-        wait_until(lambda: not state._sweep_asked)  # noqa: SLF001 - nothing else tells that a request was taken
+        wait_until(lambda: not state._sweep_asked or not thread.is_alive())  # noqa: SLF001 - nor of a request
 
 
 def shut_down(stage: Stage) -> None:
     stage.save(("c", 1), 1)
-    stage.report = stage.opened.shutdown(timeout_s=PATIENCE_S)
+    stage.report = stage.opened.shutdown(timeout_s=stage.timeout_s)
 
 
 def shut_down_with_cleanup(stage: Stage) -> None:
-    stage.report = stage.opened.shutdown(cleanup=True, timeout_s=PATIENCE_S)
+    stage.report = stage.opened.shutdown(cleanup=True, timeout_s=stage.timeout_s)
+
+
+def open_a_store_beside(stage: Stage) -> None:
+    """A live store on a sound disk, beside a dead session of which one file is torn."""
+    (torn,) = stage.root.glob("*/*.g*/2.safetensors")
+    os.truncate(torn, torn.stat().st_size - 1)
+    stage.store = SnapshotStore(stage.root, stage.options)
+    save(stage.store, ("live", 1), 0).result(PATIENCE_S)
+
+
+def prune_leftovers(stage: Stage) -> None:
+    try:
+        with opened_root(stage.files, str(stage.root), to_change=True) as root:
+            plan = make_plan(sessions(root), surroundings(root), Rules(), time.time())
+            stage.report = carry_out(root, plan)
+    except OSError as error:
+        stage.raised.append(error)
+
+
+def verify_and_quarantine(stage: Stage) -> None:
+    try:
+        with opened_root(stage.files, str(stage.root), to_change=True) as root:
+            stage.report = verify_root(root, on_read=lambda _: None, quarantine=True)
+    except OSError as error:
+        stage.raised.append(error)
 
 
 def open_beside_leftovers(stage: Stage) -> None:
@@ -191,17 +237,28 @@ _SAVED: dict[Key, set[int | None]] = {
     ("c", 1): {None, 1},
 }
 
+_MAINTAINED: dict[Key, set[int | None]] = {**_all_of(0), ("a", 2): {None}, ("live", 1): {0}}
+_BESIDE: dict[str, Any] = {"leftovers": True, "options": {"leftovers": "keep"}}
+
 ACTIONS = {
     "save": Action(save_and_replace, _SAVED),
     "save durably": Action(save_and_replace, _SAVED, options={"durability": "full"}),
     "cleanup": Action(clean_one_request, {**_all_of(None, 0), ("b", 1): {0}}),
     "shutdown": Action(shut_down, {**_all_of(0), ("c", 1): {None, 1}}),
     "shutdown with cleanup": Action(shut_down_with_cleanup, _all_of(None, 0)),
+    "load": Action(load_everything, _all_of(0)),
     "open": Action(open_beside_leftovers, {}, open_nothing_yet),
     "reclaim": Action(open_beside_leftovers, _all_of(None, 0), open_nothing_yet, leftovers=True),
     "adopt": Action(
         open_beside_leftovers, _all_of(0), open_nothing_yet, leftovers=True, options={"leftovers": "adopt"}
     ),
+    "prune": Action(
+        prune_leftovers,
+        {**_MAINTAINED, ("a", 1): {None, 0}, ("b", 1): {None, 0}},
+        open_a_store_beside,
+        **_BESIDE,
+    ),
+    "verify": Action(verify_and_quarantine, _MAINTAINED, open_a_store_beside, **_BESIDE),
 }
 
 

@@ -373,6 +373,22 @@ def test_trash_is_emptied_in_the_time_that_is_left_and_no_longer(root: Path, fil
     assert_adoptable(root, {("kept", 1): {1}})
 
 
+def test_what_was_forgotten_while_the_sweeper_hung_is_not_found_by_the_next_store(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    """Shutdown's time is up when the disk comes back; the bytes may stay, but nobody adopts them."""
+    store = SnapshotStore(root, file_system=files)
+    for request_id in ("first", "forgotten", "kept"):
+        save(store, (request_id, 1), 1).result(10)
+    with files.pause("unlink", ".trash") as gate:
+        assert store.cleanup_request("first").clean
+        gate.wait_reached()
+        assert not store.cleanup_request("forgotten", timeout_s=0).clean
+        assert not store.shutdown(timeout_s=0.1).clean
+    engine_of(store).join_briefly(10)
+    assert_adoptable(root, {("first", 1): {None}, ("forgotten", 1): {None}, ("kept", 1): {1}})
+
+
 def test_a_removal_of_the_session_that_fails_is_in_the_report(root: Path, files: FaultyFileSystem) -> None:
     for operation, path in (("rename", ".dead-"), ("unlink", ".dead-")):
         store = SnapshotStore(root, StoreOptions(leftovers="keep"), file_system=files)

@@ -253,6 +253,36 @@ def test_what_could_not_be_removed_of_a_leftover_is_found_again(
     end(store)
 
 
+def test_a_leftover_that_somebody_puts_a_file_into_meanwhile_keeps_its_lock(
+    processes: Processes, root: Path, files: FaultyFileSystem
+) -> None:
+    """Without one it would be nobody's for ever: not provably dead, and never removed."""
+    leave_dead_session(processes, root)
+
+    def put_a_file() -> None:
+        (dead,) = root.glob(".dead-*")
+        (dead / "late").write_text("mine")
+
+    files.call("unlink", put_a_file, "owner.json")
+    store = SnapshotStore(root, file_system=files)
+    wait_until(lambda: sessions_in(root) == [store.session])
+    end(store)
+
+
+@pytest.mark.parametrize("operation", ["open_directory", "names"])
+def test_a_directory_that_the_disk_says_is_gone_is_not_taken_for_freed(
+    root: Path, files: FaultyFileSystem, operation: str
+) -> None:
+    store = SnapshotStore(root, file_system=files)
+    save(store, ("a", 1), 1).result(10)
+    files.fail(operation, errno.ENOENT, ".trash/")
+    assert store.cleanup_request("a").clean
+    wait_until(lambda: store.health().status == "degraded")
+    let_sweeper_finish(store)
+    assert store.health().status == "ok" and files_below(store.session) == []
+    end(store)
+
+
 @pytest.mark.parametrize("name", [".new-0123456789abcdef", ".dead-0123456789abcdef"])
 @pytest.mark.parametrize("within", [[], ["owner.lock"], ["owner.lock", "owner.json", "a.g1/1.safetensors"]])
 def test_what_a_crash_left_half_made_or_half_removed_goes(root: Path, name: str, within: list[str]) -> None:
@@ -591,6 +621,16 @@ def test_a_root_of_another_format_is_refused(root: Path, marker: str) -> None:
     (root / ".snapstore").write_text(marker)
     with pytest.raises(RootError, match="marker"):
         SnapshotStore(root)
+
+
+def test_a_marker_that_can_not_be_read_just_now_is_refused_with_the_cause(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    end(SnapshotStore(root))
+    files.fail("read_into", errno.EIO, ".snapstore")
+    with pytest.raises(RootError, match="Input/output error") as caught:
+        SnapshotStore(root, file_system=files)
+    assert caught.value.errno == errno.EIO
 
 
 def test_a_root_on_a_read_only_disk_is_refused(tmp_path: Path) -> None:

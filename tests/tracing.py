@@ -27,9 +27,12 @@ DISK_THREADS = {
     "cleanup": ["snapstore-sweeper"],
     "shutdown": ["snapstore-writer", "snapstore-sweeper"],
     "shutdown with cleanup": ["snapstore-sweeper"],
+    "load": ["MainThread"],
     "open": ["MainThread", "snapstore-sweeper"],
     "reclaim": ["MainThread", "snapstore-sweeper"],
     "adopt": ["MainThread", "snapstore-sweeper"],
+    "prune": ["MainThread"],
+    "verify": ["MainThread"],
 }
 """Which threads touch the disk in each action of ``actions``."""
 
