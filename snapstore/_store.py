@@ -7,8 +7,9 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,7 @@ from snapstore._loading import Loader
 from snapstore._look import Moment, health_at, stats_at
 from snapstore._options import StoreOptions, seconds
 from snapstore._reasons import reason_of
-from snapstore._records import Commit, Job
+from snapstore._records import Commit, Job, Life
 from snapstore._saving import fulfil, offered
 from snapstore._threads import Thread, Threads
 from snapstore._ticket import SaveTicket
@@ -264,14 +265,34 @@ class SnapshotStore:
             if held is not None:
                 break
             self._await_commit(key, deadline_s)
-        life, commit = held
+        with self._given_up(*held) as path:
+            return move_out(self._engine.files, self._engine.session, path, destination)
+
+    def _discard(self, key: SnapshotKey) -> bool:
+        """Remove one committed snapshot, for the package's own stores above this one. Blocks for the disk.
+
+        False: it is not there, not on disk yet, or the writer is busy with its request. ``OSError``: it is still there.
+        """
+        self._engine.check_process()
         try:
-            path = move_out(self._engine.files, self._engine.session, str(commit.info.path), destination)
+            held = self._state.hold_commit(key, self._engine.monotonic_s())
+        except TimeoutError:
+            return False
+        if held is None:
+            return False
+        with self._given_up(*held) as path, suppress(FileNotFoundError):
+            self._engine.files.unlink(path)
+        return True
+
+    @contextmanager
+    def _given_up(self, life: Life, commit: Commit) -> Iterator[str]:
+        """The path of a file that the index names no more. If the block raises, it is still there, and named again."""
+        try:
+            yield str(commit.info.path)
         except BaseException:
             self._state.end_hold(life, put_back=commit)
             raise
         self._state.end_hold(life)
-        return path
 
     def _await_commit(self, key: SnapshotKey, deadline_s: float) -> None:
         now_s = self._engine.monotonic_s

@@ -229,26 +229,9 @@ class BlockStore:
         return stats.session_bytes + stats.pending_bytes + nbytes + FILE_BYTES - (self._max_bytes or 0)
 
     def _discard(self, where: SnapshotKey) -> bool:
-        state, files = self._store._state, self._store._engine.files
-        self._store._engine.check_process()
-        try:
-            held = state.hold_commit(where, state.monotonic_s())
-        except TimeoutError:
-            return False  # its folder is being written to
-        if held is None:
-            return False
-        life, commit = held
-        try:
-            files.unlink(str(commit.info.path))
-        except FileNotFoundError:
-            state.end_hold(life)
-        except BaseException:
-            state.end_hold(life, put_back=commit)
-            raise
-        else:
-            state.end_hold(life)
-        self._count(discarded=1)
-        return True
+        gone = self._store._discard(where)
+        self._count(discarded=gone)
+        return gone
 
     def _touch(self, where: SnapshotKey) -> None:
         with self._lock:

@@ -6,8 +6,13 @@ changes to its configuration.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +68,12 @@ def hashes(count: int, start: int = 0) -> list[str]:
 
 def indices(pages: list[int], page_size: int = PAGE_SIZE) -> Any:
     return torch.tensor([page * page_size + offset for page in pages for offset in range(page_size)])
+
+
+def page_of(owner: str, number: int) -> tuple[str, Any]:
+    """A key, and a page that no other key has."""
+    key = hashlib.sha256(f"{owner} {number}".encode()).hexdigest()
+    return key, torch.frombuffer(bytearray(key.encode()), dtype=torch.bfloat16)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -242,3 +253,82 @@ class Contract:
     def close(self, backend: Any) -> None:
         if hasattr(backend, "close"):
             backend.close()
+
+
+class Servers:
+    """Processes with a backend each, all of the same configuration. See ``sglang_process``."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._command = [sys.executable, str(Path(__file__).with_name("sglang_process.py")), *arguments]
+        self._running: list[subprocess.Popen[str]] = []
+
+    def start(self) -> Server:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._running.append(subprocess.Popen(self._command, text=True, **pipes))
+        return Server(self._running[-1])
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._running:
+            process.kill()
+            process.communicate()
+
+
+class Server:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def says(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def __call__(self, order: str) -> Any:
+        """Give an order, and await the answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{order}\n")
+        self._process.stdin.flush()
+        return self.says()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class TwoServers:
+    """What two servers on one folder may expect of ours; a fixture ``servers`` starts them."""
+
+    def test_neither_touches_the_others_pages_and_each_goes_on_after_a_restart(
+        self, servers: Servers
+    ) -> None:
+        one, two = servers.start(), servers.start()
+        assert one.says() == two.says() == "ready"
+        for server, order in [
+            (one, "set one 6"),
+            (two, "set two 6"),
+            (one, "set both 3"),
+            (two, "set both 3"),
+        ]:
+            assert all(server(order))
+        assert one("flush") and two("flush")
+        assert not any(one("has two 6")) and not any(two("has one 6"))
+        assert all(one("has one 6")) and all(two("has two 6"))
+        assert all(one("has both 3")) and all(two("has both 3"))
+        one("close"), one.kill()
+        one = servers.start()
+        assert one.says() == "ready"
+        assert all(one("has one 6")) and all(one("has both 3")), "what it left it goes on with"
+        assert not any(one("has two 6")), "and with nothing that has an owner"
+        assert all(two("has two 6")) and all(two("has both 3"))
+        assert one("clear") is True
+        assert not any(one("has one 6")) and not any(one("has both 3"))
+        assert all(two("has two 6")) and all(two("has both 3"))
+        two.kill()
+        two = servers.start()
+        assert two.says() == "ready"
+        assert all(two("has two 6")) and all(two("has both 3")), "killed, it lost nothing that was on disk"
+        assert all(two("set more 3")) and all(one("set more 3"))
+        assert all(two("has more 3")) and all(one("has more 3"))
+        for server in (one, two):
+            server("close")

@@ -160,6 +160,17 @@ def sglang() -> dict[str, types.ModuleType]:
     }
 
 
+def around_sglang(folder: str) -> dict[str, types.ModuleType]:
+    """SGLang's own files in ``folder``. Of ``sglang.srt.utils``, which imports all the rest, one function is enough."""
+    package = module("sglang")
+    package.__path__ = [folder]
+    return {
+        "sglang": package,
+        "sglang__srt__utils": module("sglang.srt.utils"),
+        "sglang__srt__utils__common": module("sglang.srt.utils.common", human_readable_int=str),
+    }
+
+
 # --- vLLM ---
 
 

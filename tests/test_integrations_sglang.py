@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 import stand_ins
 from helpers import files_below
-from sglang_contract import WIDTH, Contract, HostPool, config, hashes, indices, same, torch
+from sglang_contract import (
+    WIDTH,
+    Contract,
+    HostPool,
+    Servers,
+    TwoServers,
+    config,
+    hashes,
+    indices,
+    same,
+    torch,
+)
 
 from snapstore.blocks import BlockStore
 from snapstore.testing import FaultyFileSystem
@@ -48,6 +59,13 @@ def make(root: Path) -> Iterator[Make]:
 
 class TestSnapstore(Contract):
     pass
+
+
+class TestTwoServers(TwoServers):
+    @pytest.fixture
+    def servers(self, root: Path) -> Iterator[Servers]:
+        with Servers(str(root)) as servers:
+            yield servers
 
 
 def test_pages_move_by_index_with_the_first_interface_too(make: Make) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import stand_ins
 import wheels
-from sglang_contract import Contract, HostPool, config, hashes, indices, same, torch
+from sglang_contract import Contract, HostPool, Servers, TwoServers, config, hashes, indices, same, torch
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
@@ -27,11 +27,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> types.ModuleType:
 
 @pytest.fixture
 def engine(package: types.ModuleType) -> Iterator[Any]:
-    """SGLang's factory. Of ``sglang.srt.utils``, which imports all of the engine, one function is enough."""
-    utils = stand_ins.module("sglang.srt.utils")
-    common = stand_ins.module("sglang.srt.utils.common", human_readable_int=str)
-    stood_in = {"sglang": package, "sglang__srt__utils": utils, "sglang__srt__utils__common": common}
-    with stand_ins.modules(**stood_in):
+    """SGLang's factory."""
+    with stand_ins.modules(**stand_ins.around_sglang(package.__path__[0])):
         yield importlib.import_module("sglang.srt.mem_cache.storage").StorageBackendFactory
 
 
@@ -75,6 +72,13 @@ class TestTheEnginesOwnFiles(Contract):
         return lambda **changes: engine.create_backend(
             "file", config({"file_storage_path": str(root)}, **changes), HostPool()
         )
+
+
+class TestTwoServers(TwoServers):
+    @pytest.fixture
+    def servers(self, root: Path, package: types.ModuleType) -> Iterator[Servers]:
+        with Servers(str(root), package.__path__[0]) as servers:
+            yield servers
 
 
 def test_every_page_is_the_same_from_both(make_ours: Make, engine: Any, tmp_path: Path) -> None:
