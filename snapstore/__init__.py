@@ -13,6 +13,7 @@ import logging
 
 from snapstore._errors import (
     DiskQuotaError,
+    RemoteUnavailableError,
     RootError,
     SaveCancelledError,
     SaveFailedError,
@@ -29,6 +30,8 @@ from snapstore._store import SnapshotStore, shutdown_all
 from snapstore._ticket import SaveTicket
 from snapstore._types import (
     CleanupReport,
+    RemoteHealth,
+    RemoteStats,
     SaveState,
     ShutdownReport,
     Snapshot,
@@ -43,6 +46,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CleanupReport",
     "DiskQuotaError",
+    "RemoteHealth",
+    "RemoteStats",
+    "RemoteUnavailableError",
     "RootError",
     "SaveCancelledError",
     "SaveFailedError",

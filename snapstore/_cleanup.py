@@ -42,22 +42,22 @@ class Cleaning:
     @property
     def over(self) -> bool:
         """Nothing is left to wait for. Takes no lock: it may be learnt of late, never too early."""
-        return all(life.settled for life in self._cleanup.lives)
+        return all(each.settled for each in self._cleanup.waits)
 
     def wait(self, timeout_s: float) -> CleanupReport:
         """Wait at most ``timeout_s`` for the files to go."""
-        lives = self._cleanup.lives
-        return self._report(self._state.await_swept(lives, timeout_s) if lives else 0)
+        waits = self._cleanup.waits
+        return self._report(self._state.await_swept(waits, timeout_s) if waits else 0)
 
     def end(self, *, waited: bool) -> CleanupReport:
         """For those who have ``waited`` in their own way, or not at all. Never blocks."""
-        return self._report(self._state.end_cleanup(self._cleanup.lives, waited=waited))
+        return self._report(self._state.end_cleanup(self._cleanup.waits, waited=waited))
 
     def _report(self, left_to_writer: int) -> CleanupReport:
         cleanup, waited_s = self._cleanup, self._state.monotonic_s() - self._started_s
         self._state.note("cleanup_wait", waited_s)
         return CleanupReport(
-            clean=all(life.swept for life in cleanup.lives),
+            clean=all(life.swept for life in cleanup.lives) and (cleanup.end is None or cleanup.end.recorded),
             cancelled=cleanup.cancelled,
             removed=cleanup.removed,
             removed_bytes=cleanup.removed_bytes,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from snapstore._adopt import adopt
 from snapstore._cleanup import Ending, Sweeper, clean
+from snapstore._door import open_tier
 from snapstore._errors import StoreClosedError
 from snapstore._files import FileSystem
 from snapstore._memory import BufferPool
@@ -58,6 +59,7 @@ class Engine:
         try:
             only = self._adopt(durable) if options.leftovers == "adopt" else None
             self._look_at_space()
+            self.remote = self.state.observer = open_tier(options, self.state, self.session, files)
             self._writer = Writer(self.state, self.session, files, options)
             reclaim = options.leftovers != "keep"
             self._sweeper = Sweeper(self.state, self.session, files, reclaim=reclaim, only=only)
@@ -121,6 +123,8 @@ class Engine:
             return
         self.state.close("the store was dropped without shutdown")
         self.staging.let_go()
+        if self.remote is not None:
+            self.remote.let_go()
         self._sweeper.end_so(Ending(remove_if_empty=True))
         self.state.end_sweeper(after_writer=True)
 
@@ -164,6 +168,8 @@ class Engine:
             self._leave()
             self.let_go()
             raise
+        if self.remote is not None:
+            self.remote.start()
 
     def _give_back_session(self) -> None:
         """Nothing was started. What was adopted stays, for the next store."""
@@ -232,6 +238,7 @@ class Engine:
             ),
             lambda: self._end_copies(ending, deadline_s),
             lambda: self._end_writer(ending, deadline_s),
+            lambda: self._end_remote(ending, deadline_s),
             lambda: self._end_sweeper(ending, deadline_s),
             self.pool.close,
             lambda: ending.errors.extend(self.staging.close(self._left_s(deadline_s))),
@@ -247,6 +254,10 @@ class Engine:
         if self._writer_thread.is_alive():
             ending.abandoned = self.state.abandon_rest()
             self._writer_thread.join(self._left_s(deadline_s) * (1 - _SWEEPER_SHARE))
+
+    def _end_remote(self, ending: _Shutdown, deadline_s: float) -> None:
+        if self.remote is not None:
+            ending.unpublished = self.remote.close(_left(deadline_s) * (1 - _SWEEPER_SHARE))
 
     def _end_sweeper(self, ending: _Shutdown, deadline_s: float) -> None:
         """The sweeper is the last to leave: it removes the session, once the writer is gone.
@@ -282,6 +293,7 @@ class Engine:
             errors=errors,
             waited_s=self.monotonic_s() - ending.started_s,
             leaked_bytes=self.staging.facts.leaked_bytes,
+            unpublished=ending.unpublished,
         )
 
     def _stuck(self, ending: _Shutdown) -> list[str]:
@@ -303,6 +315,7 @@ class _Shutdown:
         self.of_sweeper = of_sweeper
         self.abandoned: tuple[SnapshotKey, ...] = ()
         self.not_copied: tuple[SnapshotKey, ...] = ()
+        self.unpublished: tuple[SnapshotKey, ...] = ()
         self.errors: list[str] = []
 
 

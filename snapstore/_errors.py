@@ -77,6 +77,10 @@ class SnapshotNotFoundError(SnapstoreError, KeyError):
     """No snapshot of this key: never saved, or forgotten by a cleanup."""
 
 
+class RemoteUnavailableError(SnapshotNotFoundError):
+    """Not here, and the remote store can not be asked now: it is down, slow, or refuses; ``health`` says which."""
+
+
 class SaveCancelledError(SnapstoreError):
     """The save was accepted and then cancelled: by a cleanup, by a later save of its key, or by shutdown."""
 

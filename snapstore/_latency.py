@@ -33,8 +33,8 @@ class Latencies(NamedTuple):
     """One histogram for each thing that is timed.
 
     ``save``: a call of save that was accepted, on its own thread, without its wait for room. ``queue_wait``: from
-    acceptance to the writer's hand. ``write``: in the writer's hand, whatever came of it. ``load_memory`` and
-    ``load_disk``: a call of load that found something. ``cleanup_wait``: the wait of a cleanup.
+    acceptance to the writer's hand. ``write``: in the writer's hand, whatever came of it. ``load_memory``,
+    ``load_disk`` and ``load_remote``: a call of load that found something. ``cleanup_wait``: the wait of a cleanup.
     """
 
     save: Histogram = Histogram()
@@ -42,6 +42,7 @@ class Latencies(NamedTuple):
     write: Histogram = Histogram()
     load_memory: Histogram = Histogram()
     load_disk: Histogram = Histogram()
+    load_remote: Histogram = Histogram()
     cleanup_wait: Histogram = Histogram()
 
     def with_one(self, name: str, seconds: float) -> Latencies:

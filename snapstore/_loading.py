@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from snapstore._device import Device
+from snapstore._door import Tier
+from snapstore._errors import SnapshotNotFoundError
 from snapstore._files import FileSystem
 from snapstore._format import Header, Layout
 from snapstore._memory import allocate, copy_bytes, segments_of
@@ -13,7 +17,7 @@ from snapstore._reader import read_snapshot
 from snapstore._records import Commit, Job
 from snapstore._staging import Staging
 from snapstore._state import State
-from snapstore._types import Framework
+from snapstore._types import Framework, SnapshotKey
 from snapstore.adapters import Adapter, adapter_named, device_named
 
 Loaded = tuple[dict[str, Any], str]
@@ -55,6 +59,32 @@ class Loader:
 
     def from_file(self, files: FileSystem, commit: Commit, *, verify: bool) -> Loaded:
         """What a file holds. Blocks for the disk and for one checksum."""
+
+        def read(memory: Callable[[Header], memoryview]) -> tuple[Header, str]:
+            info = commit.info
+            header, facts, _ = read_snapshot(
+                files, str(info.path), info.key, info.generation, verify=verify, memory=memory
+            )
+            return header, facts.metadata_json
+
+        return self._read(read)
+
+    def from_remote(self, state: State, tier: Tier, key: SnapshotKey, *, verify: bool) -> Loaded:
+        """What the remote store holds. Blocks for the network. A cleanup that comes meanwhile makes it not found."""
+        life = state.begin_fetch(key.request_id)
+        try:
+            fetch = tier.fetch(key)
+            loaded = self._read(functools.partial(fetch.read, verify=verify))
+            if not state.join(life, key, fetch.life):
+                raise SnapshotNotFoundError(f"{key} was cleaned up while it was on its way", key=key)
+        except BaseException:
+            state.end_fetch(life)
+            raise
+        fetch.keep(life)
+        return loaded
+
+    def _read(self, read: Callable[[Callable[[Header], memoryview]], tuple[Header, str]]) -> Loaded:
+        """Have it read into memory for the tensors' framework and device."""
         taken: list[tuple[Adapter, Device | None, HostBuffer]] = []
 
         def memory(header: Header) -> memoryview:
@@ -62,17 +92,14 @@ class Loader:
             taken.append((adapter, device, self._buffer(device, header.layout.nbytes)))
             return taken[0][2].view
 
-        info = commit.info
         try:
-            header, facts, _ = read_snapshot(
-                files, str(info.path), info.key, info.generation, verify=verify, memory=memory
-            )
+            header, metadata_json = read(memory)
         except BaseException:
             for _, _, buffer in taken:
                 buffer.give_back()
             raise
-        adapter, device, buffer = taken[0]
-        return self._deliver(adapter, device, header.layout, buffer), facts.metadata_json
+        adapter, device, buffer = taken[-1]
+        return self._deliver(adapter, device, header.layout, buffer), metadata_json
 
     def _target(self, framework: str) -> tuple[Adapter, Device | None]:
         adapter = adapter_named(self._framework or framework)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from snapstore._device_records import DeviceFacts
 from snapstore._engine import Engine
 from snapstore._records import Published
-from snapstore._types import HealthStatus, StoreHealth, StoreStats
+from snapstore._types import HealthStatus, RemoteStats, StoreHealth, StoreStats
 
 _LOOKS = 8
 
@@ -19,6 +19,7 @@ class Moment(NamedTuple):
     published: Published
     devices: DeviceFacts
     pinned_bytes: int
+    remote: RemoteStats | None
     now_s: float
 
     @classmethod
@@ -30,7 +31,8 @@ class Moment(NamedTuple):
             before, published = published, engine.state.published
             if published is before:
                 break
-        return cls(published, devices, pinned_bytes, engine.monotonic_s())
+        remote = None if engine.remote is None else engine.remote.stats()
+        return cls(published, devices, pinned_bytes, remote, engine.monotonic_s())
 
 
 def stats_at(moment: Moment) -> StoreStats:
@@ -43,6 +45,7 @@ def stats_at(moment: Moment) -> StoreStats:
         leaked_bytes=devices.leaked_bytes,
         pageable_copies=devices.pageable_copies,
         pinned_bytes=moment.pinned_bytes,
+        remote=moment.remote,
     )
 
 
@@ -50,7 +53,10 @@ def health_at(engine: Engine, moment: Moment) -> StoreHealth:
     """See ``SnapshotStore.health``."""
     published, devices = moment.published, moment.devices.devices
     writing_s = _age_s(published.writing_since_s, moment.now_s)
+    remote = None if engine.remote is None else engine.remote.health()
     verdicts = list(_verdicts(engine, moment, writing_s))
+    if remote is not None and remote.status == "unreachable":
+        verdicts.append(("degraded", f"the remote store is unreachable: {remote.error}"))
     status: HealthStatus = max((each for each, _ in verdicts), key=_RISING.index, default="ok")
     return StoreHealth(
         status,
@@ -61,6 +67,7 @@ def health_at(engine: Engine, moment: Moment) -> StoreHealth:
         published.free_bytes,
         published.writer_restarts,
         devices,
+        remote,
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_type_hints
 
 Durability = Literal["none", "data", "full"]
 OnFull = Literal["wait", "reject"]
 Leftovers = Literal["discard", "adopt", "keep"]
+RemotePolicy = Literal["on_commit", "on_publish", "on_detach"]
 
 MiB = 1024 * 1024
 
@@ -35,6 +37,11 @@ class StoreOptions:
         min_free_bytes: free space that saves must leave on the disk, or ``None``.
         max_pinned_bytes: host memory that is locked for device copies, at the first tensor of a device; ``None``:
             2 GiB, or a twentieth of the memory if that is less. 0: none, and copies are slower.
+        remote: URL of an object store that other nodes share (``"s3://bucket/prefix"``, ``gs``, ``az``, ``file``,
+            ``memory``), or ``None``; needs the extra ``remote``.
+        remote_policy: what is published there: every commit, what ``publish`` names, or what is detached.
+        remote_options: ``transfers`` (threads), ``max_in_flight_bytes``, ``timeout_s``, ``node``; the rest goes to
+            obstore's ``from_url`` (``endpoint``, ``region``, credentials, ``client_options``, ``retry_config``, ...).
     """
 
     durability: Durability = "none"
@@ -53,6 +60,9 @@ class StoreOptions:
     max_session_bytes: int | None = None
     min_free_bytes: int | None = None
     max_pinned_bytes: int | None = None
+    remote: str | None = None
+    remote_policy: RemotePolicy = "on_commit"
+    remote_options: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -65,6 +75,8 @@ class StoreOptions:
             elif option.name in ("max_session_bytes", "min_free_bytes", "max_pinned_bytes"):
                 if value is not None:
                     _count(value, option.name, at_least=0)
+            elif option.name in ("remote", "remote_options"):
+                self._check_remote()
             elif hints[option.name] is bool:
                 if not isinstance(value, bool):
                     raise TypeError(f"{option.name} must be a bool, not {type(value).__name__}")
@@ -72,6 +84,16 @@ class StoreOptions:
                 raise ValueError(
                     f"{option.name} must be one of {get_args(hints[option.name])}, not {value!r}"
                 )
+
+    def _check_remote(self) -> None:
+        if self.remote is not None and not isinstance(self.remote, str):
+            raise TypeError(f"remote must be a URL, not {type(self.remote).__name__}")
+        if self.remote is not None and "://" not in self.remote:
+            raise ValueError(f"remote must be a URL such as s3://bucket/prefix, not {self.remote!r}")
+        if not isinstance(self.remote_options, Mapping):
+            raise TypeError(f"remote_options must be a mapping, not {type(self.remote_options).__name__}")
+        if self.remote is None and self.remote_options:
+            raise ValueError("remote_options are for a remote store: give remote=URL too")
 
 
 def seconds(value: float, name: str) -> float:

@@ -6,6 +6,7 @@
     ROOT/<session>/.tmp/<random>                        being written
     ROOT/<session>/.trash/<random>                      forgotten, bytes not yet freed
     ROOT/.new-<random>, ROOT/.dead-<random>             a session being made, a session being deleted
+    ROOT/.endings/<random>.json                         an end of a life in a remote store, still to be carried out
     ROOT/.quarantine/<session>.<hash>.g<generation>.<random>.<tokens>.safetensors    corrupt, moved aside by ``verify``
 
 A request id is any text; only its hash is ever part of a name. Paths are plain ``str``: they are built for each
@@ -28,8 +29,10 @@ OWNER_LOCK = "owner.lock"
 TEMPORARY = ".tmp"
 TRASH = ".trash"
 QUARANTINE = ".quarantine"
+ENDINGS = ".endings"
 SUFFIX = ".safetensors"
 
+JSON_SUFFIX = ".json"
 _NEW, _DEAD = ".new-", ".dead-"
 _SESSION = re.compile(r"(\d{4})(\d\d)(\d\d)T(\d\d)(\d\d)(\d\d)Z-\d+-[0-9a-f]{8}", re.ASCII)
 _GENERATION = re.compile(r"([0-9a-f]{32})\.g([1-9]\d{0,18}|0)", re.ASCII)
@@ -115,6 +118,15 @@ def is_unfinished_session_name(name: str) -> bool:
 def quarantine_name(session: str, generation: str, snapshot: str) -> str:
     """Where a corrupt snapshot goes in ``.quarantine``: it tells where it came from, and is not taken."""
     return f"{session}.{generation}.{secrets.token_hex(4)}.{snapshot}"
+
+
+def ending_name() -> str:
+    """A name in ``.endings`` that is not taken."""
+    return secrets.token_hex(12) + JSON_SUFFIX
+
+
+def is_ending_name(name: str) -> bool:
+    return name.endswith(JSON_SUFFIX)
 
 
 def random_name() -> str:

@@ -95,7 +95,7 @@ def read_snapshot(
     try:
         with opened(files, files.open_read(path)) as fd:
             header = read_header(files, fd)
-            facts = _check_identity(header, key, generation)
+            facts = check_identity(header, key, generation)
             return header, facts, read_data(files, fd, header, verify=verify, memory=memory)
     except SnapshotCorruptError as error:
         raise SnapshotCorruptError(
@@ -105,7 +105,8 @@ def read_snapshot(
         ) from error
 
 
-def _check_identity(header: Header, key: SnapshotKey, generation: int) -> Facts:
+def check_identity(header: Header, key: SnapshotKey, generation: int) -> Facts:
+    """What the file says of itself. ``SnapshotCorruptError`` if it is of another snapshot."""
     facts = header.facts
     if facts is None:
         raise SnapshotCorruptError("it does not say what it is of")

@@ -61,7 +61,8 @@ class Content(NamedTuple):
 class Job:
     """One accepted save. ``sequence`` is the order of acceptance; ``holds`` counts those who read its memory.
 
-    ``on_its_way``: devices' threads bring it to the host; they say when its sources are released.
+    ``on_its_way``: devices' threads bring it to the host; they say when its sources are released. ``fetched``: it came
+    from the remote store.
     """
 
     life: Life
@@ -72,6 +73,7 @@ class Job:
     holds: int = 1
     content: Content | None = None
     on_its_way: bool = False
+    fetched: bool = False
 
     @property
     def key(self) -> SnapshotKey:
@@ -94,14 +96,33 @@ class Turn:
     deadline_s: float
 
 
+@dataclass(slots=True, eq=False)
+class End:
+    """The remote end of a cleanup: once ``recorded`` on the local disk, it comes, whatever becomes of this process."""
+
+    recorded: bool = False
+    error: BaseException | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Recorded, or it can not be. Read without the lock: it may be learnt of late."""
+        return self.recorded or self.error is not None
+
+
 @dataclass(slots=True)
 class Cleanup:
     """What ``begin_cleanup`` ended: the lives to wait for, and the figures of the report."""
 
     lives: list[Life] = field(default_factory=list)
+    end: End | None = None
     cancelled: int = 0
     removed: int = 0
     removed_bytes: int = 0
+
+    @property
+    def waits(self) -> list[Life | End]:
+        """All that has to be settled before the cleanup is over."""
+        return [*self.lives, self.end] if self.end is not None else [*self.lives]
 
 
 class Published(NamedTuple):

@@ -35,7 +35,7 @@ class Room:
 
     def is_there_for(self, turn: Turn, now_s: float) -> bool:
         """It is this one's turn, and there is room. Raises ``StoreFullError`` when its time is up."""
-        if self.waiting[0] is turn and self._fits(turn.nbytes):
+        if self.waiting[0] is turn and self.fits(turn.nbytes):
             return True
         if now_s >= turn.deadline_s:
             raise self._full(turn, now_s - turn.started_s)
@@ -58,7 +58,8 @@ class Room:
         if least is not None and free is not None and free - self.pending_bytes - nbytes < least:
             raise _over_quota(key, nbytes, least, free - self.pending_bytes, "min_free_bytes", "free")
 
-    def _fits(self, nbytes: int) -> bool:
+    def fits(self, nbytes: int) -> bool:
+        """There is room for so much more, whoever waits for some."""
         if not self.in_flight:
             return True
         options = self._options

@@ -2,6 +2,7 @@
 
     from -> to             function              thread
     -       -> STAGING     reserve               caller: charges jobs and bytes, waits for room until its deadline
+    -       -> STAGING     keep                  the remote tier's: what was loaded from afar, if there is room at once
     STAGING -> QUEUED      admit                 caller or device thread: readable from here
     STAGING -> CANCELLED   admit, abandon        its life has ended, or a later save of its key is here already
     STAGING -> FAILED      abandon               caller, or whoever has taken the end of a device's copy
@@ -41,7 +42,7 @@ from __future__ import annotations
 
 import errno
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from snapstore._errors import (
@@ -53,8 +54,9 @@ from snapstore._errors import (
 )
 from snapstore._ledger import Ledger, in_words
 from snapstore._memory import HostImage
+from snapstore._observer import Observer
 from snapstore._options import StoreOptions
-from snapstore._records import Cleanup, Commit, Content, Job, Life, Published, Turn
+from snapstore._records import Cleanup, Commit, Content, End, Job, Life, Published, Turn
 from snapstore._room import Room
 from snapstore._threads import Threads
 from snapstore._ticket import SaveTicket
@@ -93,6 +95,7 @@ class State:
         self._sweep_asked = False
         self._ledger = Ledger()
         self._room = Room(options)
+        self.observer: Observer | None = None
         self.cancelled_in_hand: Counter[int] = Counter()
         self.published = Published()
 
@@ -219,10 +222,13 @@ class State:
                 return False
             self._leave_pending_locked(job)
             self._unlist_locked(life, token_count)
-            self._list_locked(life, Commit(info, disk_bytes))
+            commit = Commit(info, disk_bytes)
+            self._list_locked(life, commit)
             life.failed.pop(token_count, None)
             self._ledger.commit(job.nbytes)
             self._settle_locked(job, SaveState.COMMITTED, info, settled)
+            if self.observer is not None:
+                self.observer.committed(job, commit)
             self._let_go_locked(life)
             self._publish_locked()
         self._announce(settled)
@@ -360,11 +366,7 @@ class State:
     def has(self, key: SnapshotKey) -> bool:
         with self._lock:
             life = self._lives.get(key.request_id)
-            return life is not None and (
-                key.token_count in life.pending
-                or key.token_count in life.committed
-                or self._is_coming_locked(key)
-            )
+            return life is not None and self._has_locked(life, key)
 
     def tickets(self, request_id: str | None = None) -> list[SaveTicket]:
         """Tickets of what is in flight now, oldest first.
@@ -399,9 +401,13 @@ class State:
             self._publish_locked()
             return life, commit
 
-    def end_hold(self, life: Life, put_back: Commit | None = None) -> None:
-        """The detach is over; ``put_back`` if the file is still where it was."""
+    def end_hold(
+        self, life: Life, put_back: Commit | None = None, left: Callable[[], object] | None = None
+    ) -> None:
+        """The detach is over; ``put_back`` if the file is still where it was. ``left`` only takes note."""
         with self._lock:
+            if left is not None and life.alive:
+                left()
             if put_back is not None and life.alive:
                 self._list_locked(life, put_back)
             self._let_go_locked(life)
@@ -418,13 +424,16 @@ class State:
         """
         cleanup = Cleanup()
         settled: _Settled = []
+        named = None if request_ids is None else list(request_ids)
         with self._lock:
-            for request_id in list({**self._lives, **self._dying}) if request_ids is None else request_ids:
+            for request_id in list({**self._lives, **self._dying}) if named is None else named:
                 life = self._lives.get(request_id)
                 if life is not None:
                     self._end_life_locked(life, cleanup, settled)
                 cleanup.lives += self._dying.get(request_id, ())
             self._retry_sweeps_locked(cleanup.lives)
+            if self.observer is not None:
+                cleanup.end = self.observer.ended(named)
             self._work.notify()
             self._dirt.notify()
             self._space.notify_all()
@@ -433,16 +442,61 @@ class State:
         self._announce(settled)
         return cleanup
 
-    def await_swept(self, lives: list[Life], timeout_s: float) -> int:
+    def await_swept(self, lives: Sequence[Life | End], timeout_s: float) -> int:
         """Wait until the sweeper is done with these lives, or failed. How many the writer has in hand at the end."""
         with self._lock:
             self._rest.wait_for(lambda: all(life.settled for life in lives), timeout_s)
             return self._end_cleanup_locked(lives, waited=timeout_s > 0)
 
-    def end_cleanup(self, lives: list[Life], *, waited: bool) -> int:
+    def end_cleanup(self, lives: Sequence[Life | End], *, waited: bool) -> int:
         """The end of ``await_swept`` for a caller that waits in another way."""
         with self._lock:
             return self._end_cleanup_locked(lives, waited=waited)
+
+    def end_noted(self) -> None:
+        """The remote end of a cleanup is settled: somebody may wait for it."""
+        with self._lock:
+            self._rest.notify_all()
+        self._ring()
+
+    # -- fetch --------------------------------------------------------------------------------------------------
+
+    def begin_fetch(self, request_id: str) -> Life:
+        """Hold on to a life of the request while something of it is on its way from afar: a cleanup ends it."""
+        with self._lock:
+            life = self._life_locked(request_id)
+            life.waiting += 1
+            return life
+
+    def join(self, life: Life, key: SnapshotKey, remote_life: str) -> bool:
+        """It has come. False: the request was cleaned up meanwhile, and it is not to be had any more."""
+        with self._lock:
+            if life.alive and self.observer is not None:
+                self.observer.joined(key, remote_life)
+            return life.alive
+
+    def keep(self, life: Life, key: SnapshotKey, nbytes: int, content: Content) -> Job | None:
+        """``- -> STAGING`` of what was fetched, to be admitted at once; ``None``: no room, or no need. Never waits."""
+        with self._lock:
+            if not life.alive or self._room.waiting or self._has_locked(life, key):
+                return None
+            if not self._room.fits(nbytes):
+                return None
+            try:
+                self._refuse_locked(key, nbytes)
+            except (DiskQuotaError, StoreClosedError):
+                return None
+            job = self._accept_locked(life, key, nbytes, content)
+            job.fetched = True
+            self._publish_locked()
+            return job
+
+    def end_fetch(self, life: Life) -> None:
+        """The end of what ``begin_fetch`` began."""
+        with self._lock:
+            life.waiting -= 1
+            self._forget_if_empty_locked(life)
+            self._publish_locked()
 
     # -- sweeper ------------------------------------------------------------------------------------------------
 
@@ -585,6 +639,10 @@ class State:
                 raise SaveFailedError(f"the save of {key} failed: {error}; save it again", key=key) from error
         raise SnapshotNotFoundError(f"no snapshot of {key}: never saved here, or cleaned up", key=key)
 
+    def _has_locked(self, life: Life, key: SnapshotKey) -> bool:
+        token_count = key.token_count
+        return token_count in life.pending or token_count in life.committed or self._is_coming_locked(key)
+
     def _is_coming_locked(self, key: SnapshotKey) -> bool:
         """A save of the key later than what is readable is on its way from a device."""
         life = self._lives.get(key.request_id)
@@ -621,7 +679,7 @@ class State:
                 self._to_sweep.append(life)
                 self._dirt.notify()
 
-    def _end_cleanup_locked(self, lives: list[Life], *, waited: bool) -> int:
+    def _end_cleanup_locked(self, lives: Sequence[Life | End], *, waited: bool) -> int:
         if waited and not all(life.settled for life in lives):
             self._ledger.cleanup_timeouts += 1
             self._publish_locked()
@@ -687,7 +745,7 @@ class State:
         self._forget_if_empty_locked(turn.life)
 
     def _accept_locked(self, life: Life, key: SnapshotKey, nbytes: int, content: Content) -> Job:
-        ticket = SaveTicket(key, life.generation, nbytes, self._threads)
+        ticket = SaveTicket(key, life.generation, nbytes, self._threads, publishes=self.observer is not None)
         job = Job(life, ticket, self._next_sequence, self.monotonic_s(), content=content)
         self._next_sequence += 1
         life.staging.add(job)

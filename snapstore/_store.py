@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,10 +19,10 @@ from snapstore._arguments import check_token_count, checked_key, checked_request
 from snapstore._committed import gone
 from snapstore._detach import move_out
 from snapstore._engine import Engine
-from snapstore._errors import ShutdownTimeoutError
+from snapstore._errors import ShutdownTimeoutError, SnapshotNotFoundError
 from snapstore._files import FileSystem
 from snapstore._format import decode_metadata
-from snapstore._loading import Loader
+from snapstore._loading import Loaded, Loader
 from snapstore._look import Moment, health_at, stats_at
 from snapstore._options import StoreOptions, seconds
 from snapstore._reasons import reason_of
@@ -35,6 +35,7 @@ from snapstore._types import (
     Framework,
     ShutdownReport,
     Snapshot,
+    SnapshotInfo,
     SnapshotKey,
     Source,
     StoreHealth,
@@ -140,6 +141,9 @@ class SnapshotStore:
     ) -> Snapshot:
         """The snapshot in memory of the caller's own: from memory while it is pending, from its file after.
 
+        What is not here is looked for in the remote store, if there is one: that blocks for the network, at most
+        ``timeout_s`` of ``remote_options`` for each answer. What comes from there is kept here if there is room.
+
         Blocks for one copy, or for one read and one checksum of the file; before that, for a snapshot that is still on
         its way from a device at most ``device_timeout_s``, then ``TimeoutError``. To a CUDA device it is copied by a
         stream of its own, for which the caller's current stream waits, and not the host.
@@ -149,7 +153,8 @@ class SnapshotStore:
             device: where the tensors go, in the framework's own words; the host by default.
 
         Raises:
-            SnapshotNotFoundError: never saved, or cleaned up. SaveFailedError: its save failed, with the cause.
+            SnapshotNotFoundError: never saved, or cleaned up. RemoteUnavailableError, which is one too: not here, and
+            the remote store can not be asked. SaveFailedError: its save failed, with the cause.
             SnapshotCorruptError: the file is not what was written. UnsupportedTensorError: a dtype that the framework
             does not have.
         """
@@ -159,45 +164,62 @@ class SnapshotStore:
         if framework is not None:
             adapter_named(framework)
         loader = Loader(self._engine.staging, framework, device)
+        try:
+            (tensors, metadata_json), source = self._load_here(key, loader)
+        except SnapshotNotFoundError:
+            tier, verify = self._engine.remote, self._options.verify_on_load
+            if tier is None:
+                raise
+            tensors, metadata_json = loader.from_remote(self._state, tier, key, verify=verify)
+            source = "remote"
+        self._state.note(f"load_{source}", self._engine.monotonic_s() - started_s)
+        return Snapshot(key, tensors, decode_metadata(metadata_json), source)
+
+    def _load_here(self, key: SnapshotKey, loader: Loader) -> tuple[Loaded, Source]:
         missing: Commit | None = None
         while True:
             found = self._state.find(key, self._options.device_timeout_s)
             if isinstance(found, Job):
-                tensors, metadata_json = loader.from_memory(self._state, found)
-                break
+                return loader.from_memory(self._state, found), "memory"
             try:
-                tensors, metadata_json = loader.from_file(
-                    self._engine.files, found, verify=self._options.verify_on_load
-                )
-                break
+                verify = self._options.verify_on_load
+                return loader.from_file(self._engine.files, found, verify=verify), "disk"
             except FileNotFoundError as error:
                 if found is missing:
                     raise gone(found.info) from error
                 missing = (
                     found  # a cleanup or a later save may have come between the look and the open: look again
                 )
-        source: Source = "memory" if isinstance(found, Job) else "disk"
-        self._state.note(f"load_{source}", self._engine.monotonic_s() - started_s)
-        return Snapshot(key, tensors, decode_metadata(metadata_json), source)
 
     # -- look ---------------------------------------------------------------------------------------------------
 
-    def has(self, request_id: str, token_count: int) -> bool:
-        """True if ``load`` would find it, pending or committed. Never blocks for a disk."""
+    def has(self, request_id: str, token_count: int, *, remote: bool = False) -> bool:
+        """True if ``load`` would find it here, pending or committed. Never blocks for a disk.
+
+        ``remote``: or in the remote store, for which it blocks. ``RemoteUnavailableError``: that can not be asked.
+        """
         self._engine.check_process()
-        return self._state.has(checked_key(request_id, token_count))
+        key = checked_key(request_id, token_count)
+        return self._state.has(key) or (remote and token_count in self._remote_boundaries(request_id))
 
     def boundaries(self, request_id: str) -> tuple[int, ...]:
         """Token counts of the request's snapshots, ascending, pending and committed. Never blocks for a disk."""
         self._engine.check_process()
         return self._state.boundaries(checked_request_id(request_id))
 
-    def latest(self, request_id: str, *, at_most: int | None = None) -> int | None:
-        """The largest boundary, or the largest that is ``at_most`` so many tokens; ``None`` if there is none."""
+    def latest(self, request_id: str, *, at_most: int | None = None, remote: bool = False) -> int | None:
+        """The largest boundary, or the largest that is ``at_most`` so many tokens; ``None`` if there is none.
+
+        ``remote``: here or in the remote store; that blocks for the network. ``RemoteUnavailableError`` likewise.
+        """
         if at_most is not None:
             check_token_count(at_most, "at_most")
-        fitting = (count for count in self.boundaries(request_id) if at_most is None or count <= at_most)
-        return max(fitting, default=None)
+        known = self.boundaries(request_id) + (self._remote_boundaries(request_id) if remote else ())
+        return max((count for count in known if at_most is None or count <= at_most), default=None)
+
+    def _remote_boundaries(self, request_id: str) -> tuple[int, ...]:
+        tier = self._engine.remote
+        return () if tier is None else tier.boundaries(request_id)
 
     def stats(self) -> StoreStats:
         """Counters and sizes of one moment. Takes no lock: never blocks, nor is ever torn."""
@@ -265,7 +287,8 @@ class SnapshotStore:
             if held is not None:
                 break
             self._await_commit(key, deadline_s)
-        with self._given_up(*held) as path:
+        remote = self._engine.remote
+        with self._given_up(*held, remote.leaving if remote is not None else None) as path:
             return move_out(self._engine.files, self._engine.session, path, destination)
 
     def _discard(self, key: SnapshotKey) -> bool:
@@ -285,14 +308,17 @@ class SnapshotStore:
         return True
 
     @contextmanager
-    def _given_up(self, life: Life, commit: Commit) -> Iterator[str]:
+    def _given_up(
+        self, life: Life, commit: Commit, leaving: Callable[[Commit], Callable[[], None]] | None = None
+    ) -> Iterator[str]:
         """The path of a file that the index names no more. If the block raises, it is still there, and named again."""
         try:
+            left = leaving(commit) if leaving is not None else None
             yield str(commit.info.path)
         except BaseException:
             self._state.end_hold(life, put_back=commit)
             raise
-        self._state.end_hold(life)
+        self._state.end_hold(life, left=left)
 
     def _await_commit(self, key: SnapshotKey, deadline_s: float) -> None:
         now_s = self._engine.monotonic_s
@@ -300,6 +326,34 @@ class SnapshotStore:
         if isinstance(found, Job):
             self._state.let_go_memory(found)
             found.ticket.exception(max(0.0, deadline_s - now_s()))
+
+    # -- publish ------------------------------------------------------------------------------------------------
+
+    def publish(
+        self, request_id: str, token_count: int | None = None, *, timeout_s: float
+    ) -> tuple[SnapshotInfo, ...]:
+        """Wait until a boundary, or all that the request has now, can be loaded on other nodes. What was published.
+
+        Blocks for the disk and the network, at most ``timeout_s``; then ``TimeoutError``, and it goes on behind.
+        ``SaveCancelledError``: the request was cleaned up, here or on another node, or another node has taken it over.
+        """
+        self._engine.check_process()
+        tier = self._engine.remote
+        if tier is None:
+            raise ValueError("this store has no remote store: open it with StoreOptions(remote=URL)")
+        deadline_s = self._engine.monotonic_s() + seconds(timeout_s, "timeout_s")
+        counts = self.boundaries(request_id) if token_count is None else (token_count,)
+        keys = [checked_key(request_id, count) for count in counts]
+        commits = [self._committed(key, deadline_s) for key in keys]
+        tier.publish(commits, deadline_s)
+        return tuple(commit.info for commit in commits)
+
+    def _committed(self, key: SnapshotKey, deadline_s: float) -> Commit:
+        while (commit := self._state.commit_of(key)) is None:
+            self._await_commit(key, deadline_s)
+            if self._engine.monotonic_s() >= deadline_s:
+                raise TimeoutError(f"{key} is not on disk yet; publish it later")
+        return commit
 
     # -- forget -------------------------------------------------------------------------------------------------
 

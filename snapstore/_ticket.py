@@ -23,6 +23,7 @@ class SaveTicket:
         "_bells",
         "_new_bell",
         "_outcome",
+        "_published",
         "_released",
         "_state",
         "generation",
@@ -30,7 +31,9 @@ class SaveTicket:
         "nbytes",
     )
 
-    def __init__(self, key: SnapshotKey, generation: int, nbytes: int, threads: Threads) -> None:
+    def __init__(
+        self, key: SnapshotKey, generation: int, nbytes: int, threads: Threads, *, publishes: bool = False
+    ) -> None:
         self.key = key
         self.generation = generation
         self.nbytes = nbytes
@@ -39,6 +42,7 @@ class SaveTicket:
         self._released = False
         self._new_bell = threads.event
         self._bells: list[Event] = []
+        self._published = threads.event() if publishes else None
 
     @property
     def state(self) -> SaveState:
@@ -58,6 +62,15 @@ class SaveTicket:
             return self._released or bell.wait(timeout_s)  # looked at after the bell is there to be rung
         finally:
             self._bells.remove(bell)
+
+    @property
+    def published(self) -> bool:
+        """True: other nodes can load it (with ``StoreOptions.remote``; by its policy, or after ``publish``)."""
+        return self._published is not None and self._published.is_set()
+
+    def wait_published(self, timeout_s: float | None = None) -> bool:
+        """Wait until ``published``; what it says at the end. False at once without a remote store."""
+        return self._published is not None and self._published.wait(timeout_s)
 
     def done(self) -> bool:
         """True: committed, cancelled or failed; ``result`` does not wait."""
@@ -97,3 +110,7 @@ class SaveTicket:
         self._released = True
         for bell in tuple(self._bells):
             bell.set()
+
+    def _publish(self) -> None:
+        if self._published is not None:
+            self._published.set()

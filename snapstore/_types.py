@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 Framework = Literal["numpy", "torch", "mlx"]
-Source = Literal["memory", "disk"]
+Source = Literal["memory", "disk", "remote"]
 HealthStatus = Literal["ok", "degraded", "stuck", "dead"]
 DeviceStatus = Literal["ok", "stuck", "lost"]
+RemoteStatus = Literal["opening", "ok", "unreachable", "closed"]
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 
 
@@ -70,7 +71,8 @@ class CleanupReport:
     """What a cleanup did.
 
     Attributes:
-        clean: no file of the generations that it ended exists, or will appear.
+        clean: no file of the generations that it ended exists, or will appear. With a remote store: and its end there
+            is written down on the local disk, so it comes, even if this process dies now.
         cancelled: accepted saves that it cancelled (queued, being staged, or being written).
         removed: committed snapshots that it forgot.
         removed_bytes: tensor bytes of those.
@@ -99,6 +101,7 @@ class ShutdownReport:
         errors: what went wrong on the way, in words.
         waited_s: seconds that it took.
         leaked_bytes: memory that is kept because a device may still touch it.
+        unpublished: keys that were to go to the remote store and did not; their files stay here, as ever.
     """
 
     committed: int
@@ -111,6 +114,7 @@ class ShutdownReport:
     errors: tuple[str, ...]
     waited_s: float
     leaked_bytes: int = 0
+    unpublished: tuple[SnapshotKey, ...] = ()
 
     @property
     def clean(self) -> bool:
@@ -153,6 +157,51 @@ class StoreStats:
     leaked_bytes: int = 0
     pageable_copies: int = 0
     pinned_bytes: int = 0
+    remote: RemoteStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteStats:
+    """What was exchanged with the remote store. Bytes are those of files, headers included.
+
+    Attributes:
+        published, published_bytes: snapshots that became visible to other nodes.
+        fetched, fetched_bytes: snapshots that were loaded from there.
+        refused: snapshots that did not become visible, since their life had ended there, or another had taken over.
+        ended: cleanups that were carried out there.
+        failed: requests to the remote store that failed, each after the client's own retries.
+        unpublished, unpublished_bytes: what waits to be published, or is under way.
+        endings: cleanups that are still to be carried out there.
+        in_flight_bytes: being moved now, either way.
+    """
+
+    published: int = 0
+    published_bytes: int = 0
+    fetched: int = 0
+    fetched_bytes: int = 0
+    refused: int = 0
+    ended: int = 0
+    failed: int = 0
+    unpublished: int = 0
+    unpublished_bytes: int = 0
+    endings: int = 0
+    in_flight_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteHealth:
+    """How the remote store is, without asking it.
+
+    Attributes:
+        status: ``opening``: not reached yet; ``unreachable``: the last requests failed or took too long, it is asked
+            again after a pause; local work goes on either way.
+        error: the last failure, while it counts.
+        lost: guarantees that this remote store can not give, in words.
+    """
+
+    status: RemoteStatus
+    error: str | None = None
+    lost: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +222,8 @@ class DeviceHealth:
 class StoreHealth:
     """How the store is, without asking the disk or the device.
 
-    ``ok``; ``degraded``: the last write failed, or a device is lost, saves are still taken; ``stuck``: one write has
+    ``ok``; ``degraded``: the last write failed, a device is lost or the remote store is unreachable, saves are still
+    taken; ``stuck``: one write has
     been in the writer's hand for more than ``stuck_after_s``, or a device reached nothing for ``device_timeout_s``;
     ``dead``: shut down, or the writer thread is gone for good.
     """
@@ -186,3 +236,4 @@ class StoreHealth:
     free_bytes: int | None = None
     writer_restarts: int = 0
     devices: tuple[DeviceHealth, ...] = ()
+    remote: RemoteHealth | None = None

@@ -159,6 +159,8 @@ def surroundings(root: Root) -> Surroundings:
             look.expect_file(name, root.fd, "")
         elif name == _paths.QUARANTINE:
             quarantined += look.loose_below(name, root.fd, "", "quarantined")
+        elif name == _paths.ENDINGS:
+            continue  # of the stores that have a remote tier
         elif _paths.is_unfinished_session_name(name):
             unfinished += look.loose("unfinished", name, root.fd, "")
         else:

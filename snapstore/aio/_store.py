@@ -29,6 +29,7 @@ from snapstore._types import (
     Framework,
     ShutdownReport,
     Snapshot,
+    SnapshotInfo,
     SnapshotKey,
     StoreHealth,
     StoreStats,
@@ -178,17 +179,23 @@ class AsyncSnapshotStore:
 
     # -- look ---------------------------------------------------------------------------------------------------
 
-    async def has(self, request_id: str, token_count: int) -> bool:
-        """``SnapshotStore.has``, answered on the loop."""
-        return self.store.has(request_id, token_count)
+    async def has(self, request_id: str, token_count: int, *, remote: bool = False) -> bool:
+        """``SnapshotStore.has``, answered on the loop; with ``remote`` on one of the threads, if it is not here."""
+        if not remote or self.store.has(request_id, token_count):
+            return self.store.has(request_id, token_count)
+        return await self._run(self.store.has, request_id, token_count, remote=True)
 
     async def boundaries(self, request_id: str) -> tuple[int, ...]:
         """``SnapshotStore.boundaries``, answered on the loop."""
         return self.store.boundaries(request_id)
 
-    async def latest(self, request_id: str, *, at_most: int | None = None) -> int | None:
-        """``SnapshotStore.latest``, answered on the loop."""
-        return self.store.latest(request_id, at_most=at_most)
+    async def latest(
+        self, request_id: str, *, at_most: int | None = None, remote: bool = False
+    ) -> int | None:
+        """``SnapshotStore.latest``, answered on the loop; with ``remote`` on one of the threads."""
+        if not remote:
+            return self.store.latest(request_id, at_most=at_most)
+        return await self._run(self.store.latest, request_id, at_most=at_most, remote=True)
 
     def stats(self) -> StoreStats:
         """``SnapshotStore.stats``: not a coroutine, since it never blocks."""
@@ -254,6 +261,12 @@ class AsyncSnapshotStore:
             raise
         except CancelledError:
             raise TimeoutError(f"{key} was not detached: every thread waits for the disk") from None
+
+    async def publish(
+        self, request_id: str, token_count: int | None = None, *, timeout_s: float
+    ) -> tuple[SnapshotInfo, ...]:
+        """``SnapshotStore.publish``, on one of the threads."""
+        return await self._run(self.store.publish, request_id, token_count, timeout_s=timeout_s)
 
     # -- forget -------------------------------------------------------------------------------------------------
 
