@@ -257,7 +257,7 @@ class Engine:
 
     def _end_remote(self, ending: _Shutdown, deadline_s: float) -> None:
         if self.remote is not None:
-            ending.unpublished = self.remote.close(_left(deadline_s) * (1 - _SWEEPER_SHARE))
+            ending.unpublished = self.remote.close(self._left_s(deadline_s) * (1 - _SWEEPER_SHARE))
 
     def _end_sweeper(self, ending: _Shutdown, deadline_s: float) -> None:
         """The sweeper is the last to leave: it removes the session, once the writer is gone.

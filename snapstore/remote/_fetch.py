@@ -160,7 +160,7 @@ class RangedFetch:
             except BaseException as error:
                 self.state.abandon(job, error)
                 raise
-            self.state.admit(job, HostImage(layout, segments_of(layout, buffer)))
+            self.state.admit(job, HostImage(layout, functools.partial(segments_of, layout, buffer)))
         finally:
             self.state.end_fetch(life)
 

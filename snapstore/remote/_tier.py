@@ -54,7 +54,7 @@ class RemoteTier:
         self._node = own.node or platform.node()
         self._objects = ObjectStore(options.remote, given, own.timeout_s)
         self._journal = Journal(files, session.root, options.remote, durable=options.durability != "none")
-        self._failures = Repeats(_log, "remote_failed")
+        self._failures = Repeats(_log, "remote_failed", time.monotonic)
         self._telling = threading.Lock()
         self._pool = Pool(own.transfers, own.max_in_flight_bytes, self._ping, self._told)
         self._exchange = Exchange(self._objects, self._pool, files)
