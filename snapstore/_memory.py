@@ -20,8 +20,14 @@ _SLICE_BYTES = 1024 * 1024
 
 
 def allocate(nbytes: int) -> memoryview:
-    """Fresh writable memory, page-aligned and zero, freed with its last view. Does not block; faults in on use."""
-    area = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Fresh writable memory, page-aligned and zero, freed with its last view. Does not block; faults in on use.
+
+    ``MemoryError`` where the system has none: what is missing is not a disk, so it is no ``OSError``.
+    """
+    try:
+        area = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{nbytes} bytes of host memory are not to be had: {error.strerror}") from error
     if nbytes >= _HUGE_PAGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         area.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(area)[:nbytes]

@@ -16,10 +16,13 @@ from snapstore._errors import (
     StoreFullError,
 )
 
-REJECTED = ("full", "quota", "closed", "cancelled", "interrupted", "bug")
+REJECTED = ("full", "quota", "closed", "cancelled", "interrupted", "no_memory", "bug")
 """Why a save was not accepted: no room in time, a limit of disk, shut down, cleaned up or interrupted as it waited."""
 
-FAILED = ("no_space", "read_only", "denied", "io_error", "device", "timeout", "closed", "interrupted", "bug")
+FAILED = (
+    *("no_space", "read_only", "denied", "io_error", "no_memory"),
+    *("device", "timeout", "closed", "interrupted", "bug"),
+)
 """Why an accepted save came to nothing, but for being cancelled. ``timeout``: its device did not copy it in time."""
 
 _BY_TYPE: tuple[tuple[type[BaseException], str], ...] = (
@@ -28,6 +31,7 @@ _BY_TYPE: tuple[tuple[type[BaseException], str], ...] = (
     (StoreClosedError, "closed"),
     (SaveCancelledError, "cancelled"),
     (TimeoutError, "timeout"),
+    (MemoryError, "no_memory"),
 )
 _BY_NUMBER = {
     errno.ENOSPC: "no_space",
@@ -36,6 +40,7 @@ _BY_NUMBER = {
     errno.EROFS: "read_only",
     errno.EACCES: "denied",
     errno.EPERM: "denied",
+    errno.ENOMEM: "no_memory",
 }
 
 

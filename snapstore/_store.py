@@ -126,6 +126,7 @@ class SnapshotStore:
             StoreFullError: no room in time. DiskQuotaError: a disk limit. StoreClosedError: shut down.
             SaveCancelledError: the request was cleaned up while this call waited for room.
             SaveFailedError: the tensors' device is stuck or lost, as ``health`` says. RuntimeError: it is capturing.
+            MemoryError: no host memory for the copy; nothing stays reserved.
         """
         self._engine.check_process()
         offer = offered(self._engine, checked_key(request_id, token_count), tensors, metadata, borrow=borrow)

@@ -82,12 +82,13 @@ class Writer:
                 self._files.unlink(temporary)
                 return None
             self._make_generation(job.life)
-            self._put_in_place(temporary, final)
+            self._look_at_space()
+            info = SnapshotInfo(job.key, job.ticket.generation, Path(final), job.nbytes)
+            self._put_in_place(temporary, final)  # the last that may fail: a failed save replaces nothing
         except BaseException:
             self._discard(temporary)
             raise
-        self._look_at_space()
-        return SnapshotInfo(job.key, job.ticket.generation, Path(final), job.nbytes), size
+        return info, size
 
     def _write_temporary(self, job: Job, fd: int) -> int | None:
         """Fill and close the file. Blocks of disk that it takes; ``None`` if the job was cancelled on the way."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 from actions import (
     ACTIONS,
     BEFORE,
@@ -416,6 +417,33 @@ def runs_out_of_descriptors(talk: Talk, root: str) -> None:
             os.close(fd)
 
     talk.say(json.dumps(fills_a_disk(Path(root), fill, make_room)))
+
+
+def runs_out_of_memory(talk: Talk, root: str) -> None:
+    """The kernel gives no more than a little: a large copy finds no memory, to be written or to be read into."""
+    store = SnapshotStore(root)
+    kept = {"x": np.arange(4 << 20, dtype=np.float64)}
+    large = {"x": np.zeros(8 << 20, dtype=np.float64)}
+    store.save("kept", 1, kept).result(PATIENCE_S)
+    save(store, ("small", 1), 0).result(PATIENCE_S)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20), before[1]))
+    seen: dict[str, Any] = {}
+    for name, use in (("save", lambda: store.save("new", 1, large)), ("load", lambda: store.load("kept", 1))):
+        try:
+            use()
+        except MemoryError as error:
+            seen[name] = str(error)
+    stats = store.stats()
+    seen["charged"] = [stats.pending, stats.pending_bytes, stats.accepted - stats.committed - stats.failed]
+    seen["small ones go on"] = save(store, ("small", 1), 1).result(PATIENCE_S).nbytes > 0
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    store.save("new", 1, large).result(PATIENCE_S)
+    seen["next"] = [bool((store.load("kept", 1).tensors["x"] == kept["x"]).all()), store.has("new", 1)]
+    seen["health"] = store.health().status
+    seen["clean"] = store.shutdown(cleanup=True).clean
+    talk.say(json.dumps(seen))
 
 
 # -- SIGTERM ----------------------------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def test_every_error_has_a_reason_of_the_list() -> None:
         StoreClosedError("x"), RuntimeError("x"),
     ]  # fmt: skip
     words = [reason_of(error) for error in errors]
-    assert words == ["no_space", "io_error", "bug", "interrupted", "bug", "timeout", "closed", "bug"]
+    assert words == ["no_space", "io_error", "bug", "interrupted", "no_memory", "timeout", "closed", "bug"]
     assert set(words) <= {*FAILED, *REJECTED}
 
 

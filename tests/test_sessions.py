@@ -579,6 +579,32 @@ def test_what_can_not_be_read_at_a_start_is_neither_adopted_nor_lost(
     end(store)
 
 
+@pytest.mark.parametrize(
+    ("operation", "path"),
+    [
+        ("open_directory", ".g1"),
+        ("open_read", ".safetensors"),
+        ("read_into", ".safetensors"),
+        ("status", ".safetensors"),
+        ("rename", ".g1"),
+    ],
+)
+def test_a_dead_session_that_could_not_be_read_to_the_end_is_not_reclaimed(
+    processes: Processes, root: Path, files: FaultyFileSystem, operation: str, path: str
+) -> None:
+    """Nobody has adopted what is in it, though the disk is well again when leftovers are removed."""
+    leave_dead_session(processes, root)
+    files.fail(operation, errno.EIO, path)
+    store = SnapshotStore(root, ADOPT, file_system=files)
+    let_sweeper_finish(store)
+    assert store.stats().live_snapshots < len(BEFORE)
+    store.shutdown()
+    store = SnapshotStore(root, ADOPT)
+    assert everything_in(store, set(BEFORE)) == BEFORE
+    wait_until(lambda: sessions_in(root) == [store.session])
+    end(store)
+
+
 # -- roots --------------------------------------------------------------------------------------------------------
 
 

@@ -477,6 +477,96 @@ def test_a_process_that_runs_out_of_descriptors(processes: Processes, root: Path
     assert seen == GOOD
 
 
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits address space")
+def test_a_process_that_runs_out_of_memory(processes: Processes, root: Path) -> None:
+    seen = json.loads(processes.start("runs_out_of_memory", root=str(root)).says())
+    assert "Cannot allocate memory" in seen.pop("save") and "Cannot allocate memory" in seen.pop("load")
+    assert seen == {
+        "charged": [0, 0, 0],
+        "small ones go on": True,
+        "next": [True, True],
+        "health": "ok",
+        "clean": True,
+    }
+
+
+ON_THE_CALLER = [
+    "snapstore._saving.encode_metadata",
+    "snapstore._memory.allocate",
+    "snapstore._staging.HostImage",
+]
+IN_THE_WRITER = [
+    *("snapstore._writer.checksums_of", "snapstore._writer.encode_header", "snapstore._writer.write_all"),
+    *("snapstore._paths.random_name", "snapstore._writer.SnapshotInfo"),
+]
+
+
+def no_memory(*args: object, **options: object) -> None:
+    raise MemoryError("on purpose")
+
+
+def assert_nothing_is_charged(store: SnapshotStore) -> None:
+    stats = store.stats()
+    assert (stats.pending, stats.pending_bytes, stats.in_flight) == (0, 0, 0)
+    assert stats.accepted == stats.committed + stats.cancelled + stats.failed
+    assert len(files_below(store.session)) == stats.live_snapshots
+
+
+@pytest.mark.parametrize("allocation", ON_THE_CALLER)
+def test_a_save_that_finds_no_memory_is_refused_and_the_next_one_works(
+    store: SnapshotStore, monkeypatch: pytest.MonkeyPatch, allocation: str
+) -> None:
+    store.save("request", 1, tensors(1, 100)).result(10)
+    with monkeypatch.context() as patch:
+        patch.setattr(allocation, no_memory)
+        with pytest.raises(MemoryError):
+            store.save("request", 1, tensors(2, 300_000))
+    assert_nothing_is_charged(store)
+    assert_same(store.load("request", 1), tensors(1, 100))
+    store.save("request", 1, tensors(3, 300_000)).result(10)
+    assert_same(store.load("request", 1), tensors(3, 300_000))
+
+
+@pytest.mark.parametrize("allocation", IN_THE_WRITER)
+def test_a_writer_that_finds_no_memory_fails_that_save_with_its_cause(
+    store: SnapshotStore, monkeypatch: pytest.MonkeyPatch, allocation: str
+) -> None:
+    store.save("request", 1, tensors(1)).result(10)
+    with monkeypatch.context() as patch:
+        patch.setattr(allocation, no_memory)
+        ticket = store.save("request", 1, tensors(2))
+        error = ticket.exception(10)
+        assert isinstance(error, SaveFailedError) and isinstance(error.__cause__, MemoryError)
+        wait_until(lambda: store.stats().in_flight == 0)
+    assert_nothing_is_charged(store)
+    assert store.health().status == "degraded"
+    assert_same(store.load("request", 1), tensors(1))
+    store.save("request", 1, tensors(3)).result(10)
+    assert store.health().status == "ok"
+
+
+def test_a_load_that_finds_no_memory_says_so_and_the_next_one_works(
+    store: SnapshotStore, files: FaultyFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the file, and from the memory of a save that is pending, which is let go all the same."""
+    store.save("request", 1, tensors(1)).result(10)
+    with files.pause("create", ".tmp") as gate:
+        store.save("request", 2, tensors(2))
+        gate.wait_reached()
+        with monkeypatch.context() as patch:
+            patch.setattr("snapstore._loading.allocate", no_memory)
+            for token_count in (1, 2):
+                with pytest.raises(MemoryError):
+                    store.load("request", token_count)
+    assert store.flush(10)
+    assert_nothing_is_charged(store)
+    for token_count in (1, 2):
+        assert_same(store.load("request", token_count), tensors(token_count))
+
+
 # -- health -------------------------------------------------------------------------------------------------------
 
 LONGEST_S = 0.005
