@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from xxhash import xxh3_64
+from xxhash import xxh3_64, xxh3_64_hexdigest
 
 ALGORITHM = "xxh3_64"
 DIGITS = 16
@@ -23,18 +23,41 @@ def checksums(segments: Iterable[memoryview]) -> str:
     40 us there. Measured, 48 segments of 341 KB beside a hungry thread: 204 ms with releases, 0.7 ms without;
     a thread that waits for something else wakes up 0.8 ms late (99th percentile) instead of 0.5.
     """
-    digits, held = [], 0
+    sums = Checksums()
     for segment in segments:
-        nbytes = len(segment)
-        if _SLICE_BYTES < nbytes <= _SMALL_BYTES and held + nbytes <= _HELD_BYTES:
-            held += nbytes
-            digest = xxh3_64()
+        sums.add(segment, ends=True)
+    return sums.digits
+
+
+class Checksums:
+    """``checksums`` of segments that come in pieces."""
+
+    def __init__(self) -> None:
+        self._digits: list[str] = []
+        self._held_bytes = 0
+        self._begun: xxh3_64 | None = None
+
+    def add(self, piece: memoryview, *, ends: bool) -> None:
+        """The next bytes of a segment; ``ends``: its last."""
+        nbytes = len(piece)
+        if ends and self._begun is None and nbytes <= _SLICE_BYTES:
+            self._digits.append(xxh3_64_hexdigest(piece))
+            return
+        digest = self._begun = self._begun or xxh3_64()
+        if _SLICE_BYTES < nbytes <= _SMALL_BYTES and self._held_bytes + nbytes <= _HELD_BYTES:
+            self._held_bytes += nbytes
             for start in range(0, nbytes, _SLICE_BYTES):
-                digest.update(segment[start : start + _SLICE_BYTES])
+                digest.update(piece[start : start + _SLICE_BYTES])
         else:
-            digest = xxh3_64(segment)
-        digits.append(digest.hexdigest())
-    return "".join(digits)
+            digest.update(piece)
+        if ends:
+            self._digits.append(digest.hexdigest())
+            self._begun = None
+
+    @property
+    def digits(self) -> str:
+        """Of the segments that have ended."""
+        return "".join(self._digits)
 
 
 def checksum_around(text: memoryview, hole: int) -> bytes:

@@ -52,5 +52,5 @@ def _copy(files: FileSystem, source: int, copy: int) -> None:
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     offset = 0
     while count := read_exactly(files, source, buffer, offset):
-        write_all(files, copy, [buffer[:count]], chunk_bytes=_CHUNK_BYTES, go_on=lambda: True)
+        write_all(files, copy, [buffer[:count]], offset)
         offset += count

@@ -216,7 +216,6 @@ def encode_header(layout: Layout, facts: Facts, checksums: str | None) -> bytes:
 
     ``TypeError`` or ``ValueError`` for what ``check_specs`` refuses, and for more than safetensors' 100 MB.
     """
-    check_specs(layout.specs)
     said = {
         _FORMAT: str(FORMAT_VERSION),
         _REQUEST: facts.request_id,
@@ -228,12 +227,18 @@ def encode_header(layout: Layout, facts: Facts, checksums: str | None) -> bytes:
     }
     if checksums is not None:
         said[_TENSORS] = checksums
-    entries = [
+    return _sealed(f'{"0" * DIGITS}",{to_json(said)[1:]}{_entries(layout)}}}')
+
+
+@lru_cache(maxsize=64)
+def _entries(layout: Layout) -> str:
+    """What the header says of the tensors: the same at each save of the same ones."""
+    check_specs(layout.specs)
+    return "".join(
         f',{to_json(spec.name)}:{{"dtype":"{spec.dtype}","shape":[{",".join(map(str, spec.shape))}],'
         f'"data_offsets":[{offset},{offset + size}]}}'
         for spec, offset, size in zip(layout.specs, layout.offsets, layout.sizes, strict=True)
-    ]
-    return _sealed(f'{"0" * DIGITS}",{to_json(said)[1:]}{"".join(entries)}}}')
+    )
 
 
 def _sealed(after_opening: str) -> bytes:

@@ -367,6 +367,6 @@ def _make_directory_if_missing(files: FileSystem, path: str) -> None:
 
 def _write_file(files: FileSystem, path: str, content: bytes, *, durable: bool) -> None:
     with opened(files, files.create(path)) as fd:
-        write_all(files, fd, [memoryview(content)], chunk_bytes=len(content), go_on=lambda: True)
+        write_all(files, fd, [memoryview(content)], 0)
         if durable:
             files.sync_data(fd)

@@ -13,16 +13,14 @@ import traceback
 from pathlib import Path
 
 from snapstore._events import Repeats
-from snapstore._files import FileSystem, disk_bytes, opened, write_all
-from snapstore._format import Facts, checksums_of, encode_header
+from snapstore._files import FileSystem, disk_bytes, opened
+from snapstore._filing import write_snapshot
+from snapstore._format import Facts
 from snapstore._options import StoreOptions
 from snapstore._records import Job, Life
 from snapstore._session import Session
 from snapstore._state import State
 from snapstore._types import SnapshotInfo
-
-CHUNK_BYTES = 4 * 1024 * 1024
-"""Between two chunks the writer looks whether its job was cancelled: 1 to 2 ms of writing into the page cache."""
 
 _NO_LINKS = frozenset({errno.ENOENT, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 """There is nothing to link to, or this file system has no second names for files."""
@@ -92,33 +90,21 @@ class Writer:
 
     def _write_temporary(self, job: Job, fd: int) -> int | None:
         """Fill and close the file. Blocks of disk that it takes; ``None`` if the job was cancelled on the way."""
+        image = job.image
+        assert image is not None
         with opened(self._files, fd):
-            whole = write_all(
+            whole = write_snapshot(
                 self._files,
                 fd,
-                self._parts(job),
-                chunk_bytes=CHUNK_BYTES,
+                image.layout,
+                image.segments,
+                _facts_of(job),
+                checksum=self._options.checksum,
                 go_on=lambda: self._state.is_current(job),
             )
             if whole and self._options.durability != "none":
                 self._files.sync_data(fd)
             return disk_bytes(self._files.status(fd)) if whole else None
-
-    def _parts(self, job: Job) -> list[memoryview]:
-        """What the file is made of: its header, then the tensors in the order of the file."""
-        image = job.image
-        assert image is not None and job.content is not None
-        facts = Facts(
-            request_id=job.key.request_id,
-            token_count=job.key.token_count,
-            generation=job.ticket.generation,
-            framework=job.content.framework,
-            metadata_json=job.content.metadata_json,
-        )
-        segments = image.segments
-        checksums = checksums_of(image.layout, segments) if self._options.checksum else None
-        header = memoryview(encode_header(image.layout, facts, checksums))
-        return [header, *(segments[index] for index in image.layout.file_order)]
 
     def _make_generation(self, life: Life) -> None:
         try:
@@ -211,3 +197,14 @@ class Writer:
         self._failures.worked()
         if self._litter:
             self._tidy()
+
+
+def _facts_of(job: Job) -> Facts:
+    assert job.content is not None
+    return Facts(
+        request_id=job.key.request_id,
+        token_count=job.key.token_count,
+        generation=job.ticket.generation,
+        framework=job.content.framework,
+        metadata_json=job.content.metadata_json,
+    )

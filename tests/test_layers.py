@@ -38,6 +38,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         "_memory": {"_format"},
         "_device": {"_format"},
         "_pinned": {"_device", "_memory"},
+        "_filing": {"_checksum", "_files", "_format"},
         "_owner": {"_files", "_paths"},
         "_reader": {"_checksum", "_files", "_format", "_memory"},
         "_latency": set(),

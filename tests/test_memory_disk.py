@@ -37,7 +37,8 @@ STEPS = st.one_of(
     st.tuples(st.sampled_from(["open_lock", "open_or_make_lock", "status_at"]), PATHS, BELOW),
     st.tuples(st.sampled_from(["make_parents", "sync_directory", "names"]), PATHS),
     st.tuples(st.sampled_from(["sync_data", "close", "status", "tighten", "lock", "names_of"]), FDS),
-    st.tuples(st.just("write"), FDS, BYTES),
+    st.tuples(st.just("write"), FDS, BYTES, st.integers(0, 20)),
+    st.tuples(st.just("reserve"), FDS, st.integers(1, 9000)),
     st.tuples(st.sampled_from(["read_into", "first_hole"]), FDS, st.integers(0, 20)),
     st.tuples(st.sampled_from(["rename", "link"]), PATHS, BELOW, PATHS, BELOW),
 )
@@ -79,8 +80,10 @@ class Side:
                     key: self._fd(fd) for key, fd in (("from_fd", below), ("to_fd", above)) if fd is not None
                 }
                 return getattr(files, name)(self._path(path, below), self._path(other, above), **fds)
-            case "write", (fd, buffers):
-                return files.write(self._fd(fd), [memoryview(each) for each in buffers])
+            case "write", (fd, buffers, offset):
+                return files.write(self._fd(fd), [memoryview(each) for each in buffers], offset)
+            case "reserve", (fd, nbytes):
+                return files.reserve(self._fd(fd), nbytes)
             case "read_into", (fd, offset):
                 buffer = bytearray(7)
                 return files.read_into(self._fd(fd), memoryview(buffer), offset), bytes(buffer)
@@ -157,7 +160,7 @@ def run(steps: list[tuple[Any, ...]]) -> None:
           ("rename", "a", None, "c", None), ("rename", "a/b", None, "a", None)])  # fmt: skip
 @example([("open_or_make_lock", "a", None), ("open_lock", "a", None), ("lock", 0), ("lock", 1), ("lock", 0),
           ("close", 0), ("lock", 0)])  # fmt: skip
-@example([("create", "a", None), ("write", 0, [b"12", b"", b"345"]), ("unlink", "a", None), ("write", 0, [b"6"]),
+@example([("create", "a", None), ("write", 0, [b"12", b"", b"345"], 0), ("unlink", "a", None), ("write", 0, [b"6"], 0),
           ("status", 0), ("read_into", 0, 0)])  # fmt: skip
 def test_the_same_operations_have_the_same_results_and_errors(steps: list[tuple[Any, ...]]) -> None:
     run(steps)
@@ -185,7 +188,7 @@ def test_another_file_system_takes_neither_renames_nor_links() -> None:
 def test_a_write_can_be_short() -> None:
     disk = MemoryFileSystem(write_bytes_max=4)
     fd = disk.create("/a")
-    assert disk.write(fd, [memoryview(b"123"), memoryview(b"456")]) == 4
+    assert disk.write(fd, [memoryview(b"123"), memoryview(b"456")], 0) == 4
     disk.close(fd)
     assert disk.tree() == {"/a": b"1234"}
 

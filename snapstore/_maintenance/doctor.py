@@ -20,7 +20,8 @@ from typing import Literal
 
 from snapstore import _paths
 from snapstore._files import FileSystem, opened, read_exactly, remove_tree, write_all
-from snapstore._format import Facts, Layout, TensorSpec, checksums_of, encode_header, encode_metadata
+from snapstore._filing import write_snapshot
+from snapstore._format import Facts, Layout, TensorSpec, encode_metadata
 from snapstore._maintenance.root import Root
 from snapstore._maintenance.survey import sessions, surroundings
 from snapstore._maintenance.units import format_rate, format_size, plural
@@ -336,19 +337,17 @@ class _Laboratory:
         """As a store's writer does it."""
         temporary, segments = _paths.random_name(), segments_of(layout, buffer)
         facts = Facts("doctor", 0, 0, "numpy", encode_metadata(None))
-        header = encode_header(layout, facts, checksums_of(layout, segments))
-        self._write(temporary, [memoryview(header), *segments], chunk_bytes=_CHUNK_BYTES)
+        with opened(self._files, self._files.create(temporary, dir_fd=self._fd)) as fd:
+            write_snapshot(self._files, fd, layout, segments, facts, checksum=True, go_on=lambda: True)
         self._files.rename(temporary, name, from_fd=self._fd, to_fd=self._fd)
 
     def _read_snapshot(self, name: str) -> None:
         with opened(self._files, self._files.open_read(name, dir_fd=self._fd)) as fd:
             read_data(self._files, fd, read_header(self._files, fd), verify=True)
 
-    def _write(
-        self, name: str, buffers: Sequence[memoryview], *, chunk_bytes: int = PROBE_BYTES, sync: bool = False
-    ) -> None:
+    def _write(self, name: str, buffers: Sequence[memoryview], *, sync: bool = False) -> None:
         with opened(self._files, self._files.create(name, dir_fd=self._fd)) as fd:
-            write_all(self._files, fd, buffers, chunk_bytes=chunk_bytes, go_on=lambda: True)
+            write_all(self._files, fd, buffers, 0)
             if sync:
                 self._files.sync_data(fd)
 

@@ -173,7 +173,7 @@ class FaultyFileSystem(FileSystem):
             self.calls.append(call)
         limit = self._meet(call, "before")
         if limit is not None:
-            args = (args[0], _shortened(args[1], limit))
+            args = (args[0], _shortened(args[1], limit), *args[2:])
         if operation == "close":
             with self._mutex:
                 self._open_paths.pop(args[0], None)

@@ -93,7 +93,6 @@ class _Open:
     node: Node
     readable: bool
     writable: bool
-    at: int = 0
     locked: bool = False
 
 
@@ -187,7 +186,13 @@ class MemoryFileSystem(FileSystem):
                 raise _error(errno.ENOTDIR, path)
             return self._open(node, readable=True, writable=False)
 
-    def write(self, fd: int, buffers: Sequence[memoryview]) -> int:
+    def reserve(self, fd: int, nbytes: int) -> None:  # noqa: ARG002 - as the real one
+        """See ``FileSystem``. There is always room."""
+        with self._mutex:
+            if not self._description(fd).writable:
+                raise _error(errno.EBADF)
+
+    def write(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         """See ``FileSystem``."""
         with self._mutex:
             opened = self._description(fd)
@@ -196,14 +201,13 @@ class MemoryFileSystem(FileSystem):
             if len(buffers) > IOV_MAX:
                 raise _error(errno.EINVAL)
             data = b"".join(buffers)[: self._write_bytes_max]
-            file, at = opened.node, opened.at
+            file, at = opened.node, offset
             if not data:
                 return 0
             if at > len(file.content):
                 file.content.extend(bytes(at - len(file.content)))
             file.content[at : at + len(data)] = data
             file.changed_s = time.time()
-            opened.at += len(data)
             self._happened(Written(file.number, at, data))
             return len(data)
 
