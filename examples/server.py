@@ -1,13 +1,13 @@
-"""The life of a request inside an ASGI server, with ``snapstore.aio``: nothing here waits for a disk on the event loop.
+"""The life of a request inside a FastAPI server, with ``snapstore.aio``: nothing here waits for a disk on the loop.
 
     python examples/server.py /var/tmp/engine 8000
-    curl -N localhost:8000/requests/alice -d '{"prompt": [1, 2, 3], "max_tokens": 20}'    # a token a line
+    curl -N localhost:8000/requests/alice --json '{"prompt": [1, 2, 3], "max_tokens": 20}'    # a token a line
     curl -X DELETE localhost:8000/requests/alice
+    curl localhost:8000/snapstore/metrics
 
 A request is admitted when there is a place, begins at the longest saved prefix that it shares with an earlier one, and
 is fed in chunks on a thread; its state is saved at each boundary. Deleted, or its client gone, it is forgotten. When
-the server stops (uvicorn does so at SIGTERM), the store's session goes with it. The application is Starlette's, which
-is what FastAPI is made of: there, pass the same ``lifespan`` and ``routes``.
+the server stops (uvicorn does so at SIGTERM), the store's session goes with it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 import torch
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 from tiny_hybrid import State, TinyHybrid
 
 from snapstore import SnapstoreError
 from snapstore.aio import AsyncSnapshotStore
+from snapstore.asgi import create_app
 
 PLACES = 4
 """Requests at once; others wait."""
@@ -127,54 +128,54 @@ class Engine:
             sys.stderr.write(f"{request_id} goes on without a boundary at {done}: {error}\n")
 
 
-async def generate(request: Request) -> Response:
-    """``POST /requests/{id}``: a line a token."""
-    engine: Engine = request.app.state.engine
-    asked = await request.json()
+class Asked(BaseModel):
+    """The body of a request."""
 
-    async def lines() -> AsyncIterator[str]:
-        async with aclosing(
-            engine.generate(request.path_params["id"], asked["prompt"], asked["max_tokens"])
-        ) as tokens:
-            async for token in tokens:
-                yield f"{token}\n"
-
-    return StreamingResponse(lines(), media_type="text/plain")
+    prompt: list[int]
+    max_tokens: int
 
 
-async def abort(request: Request) -> Response:
-    """``DELETE /requests/{id}``."""
-    await request.app.state.engine.abort(request.path_params["id"])
-    return Response(status_code=204)
-
-
-async def look(request: Request) -> Response:
-    """``GET /``: how the store is, what is saved, and how many tokens each request did not have to compute."""
-    engine: Engine = request.app.state.engine
-    lives = {**engine.known, **engine.running}
-    saved = {name: await engine.store.boundaries(name) for name in lives}
-    skipped = {name: life.skipped for name, life in lives.items()}
-    return JSONResponse({"status": engine.store.health().status, "boundaries": saved, "skipped": skipped})
-
-
-def application(root: str) -> Starlette:
+def application(root: str) -> FastAPI:
     """The server; the store is opened when it starts, and ends, files and all, when it stops."""
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncSnapshotStore(root) as store:
             app.state.engine = Engine(TinyHybrid(), store)
+            app.mount("/snapstore", create_app(store))  # /snapstore/health, /snapstore/metrics, ...
             try:
                 yield
             finally:
                 await store.shutdown(cleanup=True)
 
-    routes = [
-        Route("/", look),
-        Route("/requests/{id}", generate, methods=["POST"]),
-        Route("/requests/{id}", abort, methods=["DELETE"]),
-    ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    app = FastAPI(lifespan=lifespan)
+
+    @app.post("/requests/{request_id}")
+    async def generate(request_id: str, asked: Asked) -> StreamingResponse:
+        """A line a token."""
+        return StreamingResponse(lines(app.state.engine, request_id, asked), media_type="text/plain")
+
+    @app.delete("/requests/{request_id}", status_code=204)
+    async def abort(request_id: str) -> None:
+        await app.state.engine.abort(request_id)
+
+    @app.get("/")
+    async def look() -> dict[str, Any]:
+        """How the store is, what is saved, and how many tokens each request did not have to compute."""
+        engine: Engine = app.state.engine
+        lives = {**engine.known, **engine.running}
+        saved = {name: await engine.store.boundaries(name) for name in lives}
+        skipped = {name: life.skipped for name, life in lives.items()}
+        return {"status": engine.store.health().status, "boundaries": saved, "skipped": skipped}
+
+    return app
+
+
+async def lines(engine: Engine, request_id: str, asked: Asked) -> AsyncIterator[str]:
+    """Closed when the client has gone, and with it the request."""
+    async with aclosing(engine.generate(request_id, asked.prompt, asked.max_tokens)) as tokens:
+        async for token in tokens:
+            yield f"{token}\n"
 
 
 if __name__ == "__main__":

@@ -214,6 +214,39 @@ def test_two_stores_live_in_one_app_and_answer_for_themselves(root: Path, tmp_pa
     two.shutdown(cleanup=True)
 
 
+def test_it_is_mounted_in_an_engines_fastapi_app(store: SnapshotStore) -> None:
+    fastapi = pytest.importorskip("fastapi")
+    info = store.save("a/b \u00e9", 1, tensors(1)).result(10)
+    content = info.path.read_bytes()
+
+    def engine() -> Any:
+        app = fastapi.FastAPI()
+        app.mount("/snapstore", create_app(store, token=TOKEN))
+
+        @app.get("/requests/{request_id}")
+        async def mine(request_id: str) -> dict[str, str]:
+            return {"engine": request_id}
+
+        return app
+
+    with serving(engine) as server:
+        assert server.json("/requests/a") == (200, {"engine": "a"})
+        assert list(server.json("/openapi.json")[1]["paths"]) == ["/requests/{request_id}"]
+        assert server.json("/snapstore/health")[1]["status"] == "ok"
+        assert server.json("/snapstore/stats")[1]["committed"] == 1
+        assert b"snapstore_saves_committed_total 1.0" in server.get("/snapstore/metrics")[2]
+        here = "/snapstore" + at("a/b \u00e9", "snapshots/1")
+        assert server.get(here)[2] == content
+        assert server.get(here, Range="bytes=8-15")[::2] == (206, content[8:16])
+        assert server.get("/snapstore" + at("nobody", "snapshots/1"))[0] == 404
+        cleanup = "/snapstore" + at("a/b \u00e9", "cleanup")
+        assert server.get(cleanup, "POST")[0] == 401
+        status, report = server.json(cleanup, "POST", **BEARER)
+        assert status == 200 and report["removed"] == 1
+        assert server.get(here)[0] == 404 and server.get("/snapstore/nothing")[0] == 404
+    store.shutdown(cleanup=True)
+
+
 # --- hostile clients ---
 
 

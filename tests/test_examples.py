@@ -323,7 +323,7 @@ def test_sigterm_ends_the_engine_and_its_session(root: Path) -> None:
 async def served(example: Any, root: Path) -> AsyncIterator[tuple[Any, Any]]:
     """A client of the application in this very process, and its engine."""
     httpx = pytest.importorskip("httpx")
-    pytest.importorskip("starlette")
+    pytest.importorskip("fastapi")
     app = example("server").application(str(root))
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app=app)
@@ -362,6 +362,9 @@ def test_the_server_answers_and_shares_prefixes(example: Any, model: Any, root: 
             seen = (await client.get("/")).json()
             assert seen["status"] == "ok" and seen["boundaries"]["alice"] == [16, 32, 48, 64, 80, 96]
             assert seen["skipped"]["alice"] == 0 and seen["skipped"]["bob-4"] == 64
+            assert (await client.post("/requests/carol", json={"prompt": "?"})).status_code == 422
+            assert (await client.get("/snapstore/health")).json()["status"] == "ok"
+            assert "snapstore_saves_accepted_total" in (await client.get("/snapstore/metrics")).text
             assert (await client.delete("/requests/alice")).status_code == 204
             assert await engine.store.boundaries("alice") == ()
             session = engine.store.store.session
@@ -417,7 +420,7 @@ def test_a_hung_disk_holds_up_no_answer(
     example: Any, model: Any, root: Path, files: FaultyFileSystem
 ) -> None:
     aio = pytest.importorskip("snapstore.aio")
-    pytest.importorskip("starlette")
+    pytest.importorskip("fastapi")
 
     async def story(store: SnapshotStore) -> None:
         engine = example("server").Engine(model, aio.AsyncSnapshotStore(store))
