@@ -71,7 +71,7 @@ class Journal:
         raw = json.dumps(content).encode()
         staged = join(self._directory, _paths.random_name())
         with opened(self._files, self._files.create(staged)) as fd:
-            write_all(self._files, fd, [memoryview(raw)], chunk_bytes=len(raw), go_on=lambda: True)
+            write_all(self._files, fd, [memoryview(raw)], 0)
             if self._durable:
                 self._files.sync_data(fd)
         self._files.rename(staged, recorded.path)
