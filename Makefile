@@ -14,7 +14,7 @@ ready := $(VENV)/.ready-$(key)
 bench_ready := $(VENV)/.ready-bench-$(key)
 
 .DELETE_ON_ERROR:
-.PHONY: help test crash faults engines gpu check format-check lint types layers format demo bench bench-quick clean
+.PHONY: help test crash faults powerloss engines gpu check format-check lint types layers format demo bench bench-quick clean
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -27,6 +27,9 @@ crash: $(ready) ## Kill processes at their system calls, 1,000 times, and look a
 
 faults: $(ready) ## Have every operation on the disk fail in every way, and hang; 8 minutes
 	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m slow tests/test_faults.py $(ARGS)
+
+powerloss: $(ready) ## Open every state that a power cut may leave, in wide windows; minutes
+	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m powerloss -o faulthandler_timeout=0 tests/test_powerloss.py $(ARGS)
 
 engines: $(ready) ## Contract tests inside SGLang's and vLLM's own files; fetches their wheels once (400 MB)
 	@mkdir -p $(VENV)/engines

@@ -65,6 +65,7 @@ def adopt(files: FileSystem, session: Session, *, durable: bool = False) -> Adop
             files.sync_directory(session.path)
     except OSError as error:
         adoption.errors.append(error)
+        adoption.emptied.clear()  # what was moved may not be on the medium yet: leave them for the next start
     return adoption
 
 

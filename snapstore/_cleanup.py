@@ -211,7 +211,8 @@ class Sweeper:
             return
         self._reclaims = False
         now_s = self._monotonic_s
-        budget = Budget(now_s, RECLAIM_SESSIONS, now_s() + RECLAIM_S, self._only)
+        durable = self._session.durable
+        budget = Budget(now_s, RECLAIM_SESSIONS, now_s() + RECLAIM_S, self._only, durable)
         try:
             reclaim(self._files, self._session.root, budget, lambda: self._attend(budget))
         except _Enough:

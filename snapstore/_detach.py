@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from snapstore._session import Session
 _CHUNK_BYTES = 8 * 1024 * 1024
 
 
-def move_out(files: FileSystem, session: Session, path: str, destination: str | os.PathLike[str]) -> Path:
+def move_out(
+    files: FileSystem, session: Session, path: str, destination: str | os.PathLike[str], *, durable: bool
+) -> Path:
     """Rename ``path`` to ``destination``; across file systems copy, fsync, rename, unlink. Blocks for the disk.
 
-    On an error the file is still at ``path``, and nothing is at ``destination`` that was not there before.
+    ``durable``: a power cut from then on leaves it there. On an error the file is still at ``path``, and nothing is at
+    ``destination`` that was not there before.
     """
     target = os.path.abspath(os.fspath(destination))
     if target == session.root or target.startswith(join(session.root, "")):
@@ -31,8 +35,21 @@ def move_out(files: FileSystem, session: Session, path: str, destination: str | 
         if error.errno != errno.EXDEV:
             raise
         _copy_out(files, path, target)
+        if durable:
+            _sync_or(files, target, lambda: files.unlink(target))
         files.unlink(path)
+    else:
+        if durable:
+            _sync_or(files, target, lambda: files.rename(target, path))
     return Path(target)
+
+
+def _sync_or(files: FileSystem, target: str, undo: Callable[[], None]) -> None:
+    try:
+        files.sync_directory(os.path.dirname(target))
+    except BaseException:
+        undo()
+        raise
 
 
 def _copy_out(files: FileSystem, path: str, target: str) -> None:

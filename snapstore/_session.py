@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -28,12 +29,16 @@ _ATTEMPTS = 16
 
 @dataclass(slots=True)
 class Budget:
-    """Bounds of one reclaim, and what it did: how many sessions, until when, ``only`` which ones."""
+    """Bounds of one reclaim, and what it did: how many sessions, until when, ``only`` which ones.
+
+    ``durable``: whatever is left of one after a power cut can be reclaimed.
+    """
 
     monotonic_s: Callable[[], float]
     sessions: int
     deadline_s: float
     only: frozenset[str] | None = None
+    durable: bool = False
     gone: int = 0
     errors: list[OSError] = field(default_factory=list)
 
@@ -50,7 +55,7 @@ class Session:
     ) -> None:
         self._files = files
         self._lock = lock
-        self._durable = durable
+        self.durable = durable
         self.root = root
         self.path = path
         self.temporary = join(path, _paths.TEMPORARY)
@@ -64,6 +69,8 @@ class Session:
         """
         try:
             prepare_root(files, root)
+            if durable:
+                _sync_way_to(files, root)
             for _ in range(_ATTEMPTS):
                 built = _build(files, root, durable)
                 if built is not None:
@@ -115,13 +122,16 @@ class Session:
 
     def _make_again(self) -> None:
         check_root(self._files, self.root)
-        built = _build(self._files, self.root, self._durable)
+        built = _build(self._files, self.root, self.durable)
         if built is None:
             return
         unborn, lock, _ = built
         try:
             self._files.rename(unborn, self.path)
+            if self.durable:
+                self._files.sync_directory(self.root)
         except BaseException:
+            _unmake(self._files, self.path, None)
             _unmake(self._files, unborn, lock)
             raise
         of_the_lost_one, self._lock = self._lock, lock
@@ -132,6 +142,8 @@ class Session:
         aside = join(self.root, _paths.dead_session_name())
         try:
             self._files.rename(self.path, aside)
+            if self.durable:
+                self._files.sync_directory(self.root)
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -161,7 +173,7 @@ def _build(files: FileSystem, root: str, durable: bool) -> tuple[str, OwnerLock,
         if lock is None:
             return None
         record = OwnerRecord.of_this_process()
-        _write_file(files, join(unborn, _paths.OWNER_RECORD), record.to_json(), durable=durable)
+        _write_file(files, join(unborn, _paths.OWNER_RECORD), record.to_json())
         files.make_directory(join(unborn, _paths.TEMPORARY))
         files.make_directory(join(unborn, _paths.TRASH))
         if durable:
@@ -231,6 +243,8 @@ def _delete(
     aside = join(root, _paths.dead_session_name())
     try:
         files.rename(dead.path, aside)
+        if budget.durable:
+            files.sync_directory(root)
     except OSError as error:
         budget.errors.append(error)
         return
@@ -245,7 +259,10 @@ def _empty(files: FileSystem, path: str, budget: Budget, between: Callable[[], N
 
 
 def _reclaim_unfinished(files: FileSystem, path: str, budget: Budget, between: Callable[[], None]) -> None:
-    """A ``.new-`` or ``.dead-`` directory: empty ones go at once (a maker tries again), others under their lock."""
+    """A ``.new-`` or ``.dead-`` directory: empty ones go at once (a maker tries again), others under their lock.
+
+    The lock file is the first that comes and the last that goes, so where there is none nobody is at work.
+    """
     try:
         files.remove_directory(path)
         return
@@ -255,7 +272,13 @@ def _reclaim_unfinished(files: FileSystem, path: str, budget: Budget, between: C
         record = read_record(files, path)
     if record is not None and not record.same_machine:
         return
-    lock = _try_lock(files, path)
+    try:
+        lock = OwnerLock.take(files, path, create=False)
+    except FileNotFoundError:
+        _empty(files, path, budget, between)
+        return
+    except OSError:
+        return
     if lock is None:
         return
     try:
@@ -330,13 +353,26 @@ def _make_root(files: FileSystem, root: str) -> bool:
     return True
 
 
+def _sync_way_to(files: FileSystem, root: str) -> None:
+    """Bring the names that lead to the root to the medium, as far as its file system goes.
+
+    Also where the root was there: who made it may have died before this. What we may not open we did not make.
+    """
+    path = files.resolve(root)
+    device = files.status_at(path).st_dev
+    while (above := os.path.dirname(path)) != path and files.status_at(above).st_dev == device:
+        with suppress(PermissionError):
+            files.sync_directory(above)
+        path = above
+
+
 def _write_marker(files: FileSystem, root: str, *, made: bool) -> None:
     """Once in the life of a root, so it is made to outlive a power cut: without it nothing here is ours any more."""
     content = {"format": MARKER_FORMAT} if made else {"format": MARKER_FORMAT, _GIVEN: True}
     for _ in range(_ATTEMPTS):
         staged = join(root, _paths.staged_marker_name())
         try:
-            _write_file(files, staged, json.dumps(content).encode(), durable=True)
+            _write_file(files, staged, json.dumps(content).encode())
             files.rename(staged, join(root, _paths.MARKER))
         except FileNotFoundError:
             continue  # a reclaimer took it for one of a dead process
@@ -365,8 +401,8 @@ def _make_directory_if_missing(files: FileSystem, path: str) -> None:
         files.make_directory(path)
 
 
-def _write_file(files: FileSystem, path: str, content: bytes, *, durable: bool) -> None:
+def _write_file(files: FileSystem, path: str, content: bytes) -> None:
+    """Synced, whatever the snapshots are: an empty record after a power cut would leave its session to nobody."""
     with opened(files, files.create(path)) as fd:
         write_all(files, fd, [memoryview(content)], 0)
-        if durable:
-            files.sync_data(fd)
+        files.sync_data(fd)

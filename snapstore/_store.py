@@ -290,7 +290,8 @@ class SnapshotStore:
             self._await_commit(key, deadline_s)
         remote = self._engine.remote
         with self._given_up(*held, remote.leaving if remote is not None else None) as path:
-            return move_out(self._engine.files, self._engine.session, path, destination)
+            full = self._options.durability == "full"
+            return move_out(self._engine.files, self._engine.session, path, destination, durable=full)
 
     def _discard(self, key: SnapshotKey) -> bool:
         """Remove one committed snapshot, for the package's own stores above this one. Blocks for the disk.

@@ -25,6 +25,7 @@ from scenarios import cause_of
 
 from snapstore import (
     DiskQuotaError,
+    RootError,
     SaveFailedError,
     SaveState,
     SnapshotCorruptError,
@@ -193,6 +194,42 @@ def test_full_durability_works_where_there_are_no_hard_links(
         store.save("request", 1, tensors(version)).result(10)
     assert_same(store.load("request", 1), tensors(2))
     assert store.shutdown(cleanup=True).clean
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_detach_that_would_not_outlast_a_power_cut_leaves_the_file_where_it_was(
+    root: Path, files: FaultyFileSystem, across: bool
+) -> None:
+    """``across`` file systems, where it is a copy."""
+    store = SnapshotStore(root, StoreOptions(durability="full"), file_system=files)
+    store.save("request", 1, tensors(1)).result(10)
+    before = files_below(store.session)
+    if across:
+        files.fail("rename", errno.EXDEV, ".safetensors")
+    files.fail("sync_directory", errno.EIO)
+    target = root.parent / "out"
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        store.detach("request", 1, target)
+    assert not target.exists() and files_below(store.session) == before
+    assert_same(store.load("request", 1), tensors(1))
+    assert store.detach("request", 1, target) == target
+    assert target.exists() and not files_below(store.session)
+    assert store.shutdown(cleanup=True).clean
+
+
+def test_a_root_whose_way_may_not_be_opened_is_made_to_last_as_far_as_may_be(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    """A directory that we may not open is one that we did not make."""
+    files.fail("sync_directory", errno.EACCES, skip=1)  # the first one is the root's own, for its marker
+    store = SnapshotStore(root, StoreOptions(durability="full"), file_system=files)
+    synced = [call.paths[0] for call in files.calls if call.operation == "sync_directory"]
+    assert synced[:3] == [str(root), str(root.parent), str(root.parent.parent)]
+    store.save("request", 1, tensors(1)).result(10)
+    assert store.shutdown(cleanup=True).clean
+    files.fail("sync_directory", errno.EIO)
+    with pytest.raises(RootError, match="no session can be made"):
+        SnapshotStore(root, StoreOptions(durability="full"), file_system=files)
 
 
 # -- limits -------------------------------------------------------------------------------------------------------

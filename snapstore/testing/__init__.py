@@ -1,6 +1,7 @@
 """Faults on demand, for snapstore's tests and for its users': a disk and a device that do what a test tells them.
 
-``FaultyFileSystem`` pauses, fails, delays and shortens file operations; ``MemoryFileSystem`` is a disk in memory;
+``FaultyFileSystem`` pauses, fails, delays and shortens file operations; ``MemoryFileSystem`` is a disk in memory,
+and ``RecordingFileSystem`` one that tells what a power cut at any moment may leave of it;
 ``FakeDevice`` (needs numpy) has tensors whose copies complete when the test says so. A ``Gate`` is where they stop a
 thread.
 """
@@ -9,11 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from snapstore.testing._faults import OPERATIONS, FaultyFileSystem, Gate
 from snapstore.testing._memory import MemoryFileSystem
+from snapstore.testing._power import PowerCut, RecordingFileSystem
 
 if TYPE_CHECKING:
     from snapstore.testing._fake_device import FakeDevice, FakeTensor
 
-__all__ = ["OPERATIONS", "FakeDevice", "FakeTensor", "FaultyFileSystem", "Gate", "MemoryFileSystem"]
+__all__ = [
+    "OPERATIONS",
+    "FakeDevice",
+    "FakeTensor",
+    "FaultyFileSystem",
+    "Gate",
+    "MemoryFileSystem",
+    "PowerCut",
+    "RecordingFileSystem",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -65,6 +65,7 @@ class Named:
     """Entries that changed in one atomic step: directory, name, and the inode that it leads to now (``None``: gone)."""
 
     entries: tuple[tuple[int, str, int | None], ...]
+    leads_to_directory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,19 @@ class MemoryFileSystem(FileSystem):
         self._top = Directory(ROOT, 1, 0o755)
         self._descriptors: dict[int, _Open] = {}
         self._next_fd = _FIRST_FD
+
+    @classmethod
+    def holding(cls, tree: Mapping[str, bytes | None]) -> MemoryFileSystem:
+        """A disk with these paths, as ``tree`` gives them: the bytes of a file, ``None`` for a directory."""
+        disk = MemoryFileSystem()
+        for path in sorted(tree):
+            content = tree[path]
+            if content is None:
+                disk.make_directory(path)
+            else:
+                directory, name = disk._place(path, None)
+                disk._make_file(directory, name, path).content = bytearray(content)
+        return disk
 
     # -- for the test -------------------------------------------------------------------------------------------
 
@@ -268,7 +282,8 @@ class MemoryFileSystem(FileSystem):
             if isinstance(node, Directory):
                 node.parent = there
             here.changed_s = there.changed_s = time.time()
-            self._happened(Named(((here.number, name, None), (there.number, target, node.number))))
+            entries = ((here.number, name, None), (there.number, target, node.number))
+            self._happened(Named(entries, isinstance(node, Directory)))
 
     def link(
         self, source: str, destination: str, *, from_fd: int | None = None, to_fd: int | None = None
@@ -466,7 +481,7 @@ class MemoryFileSystem(FileSystem):
             raise _error(errno.ENOENT, path)
         directory.entries[name] = node
         directory.changed_s = time.time()
-        self._happened(Named(((directory.number, name, node.number),)))
+        self._happened(Named(((directory.number, name, node.number),), isinstance(node, Directory)))
 
     def _take(self, directory: Directory, name: str) -> None:
         del directory.entries[name]
