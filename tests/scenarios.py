@@ -290,6 +290,29 @@ def forks_in_the_middle(talk: Talk, root: str) -> None:
         talk.say("status", store.health().status)
 
 
+class Told(logging.Handler):
+    """Says what snapstore logs, from WARNING on."""
+
+    def __init__(self, talk: Talk) -> None:
+        super().__init__(logging.WARNING)
+        self._talk = talk
+        logging.getLogger("snapstore").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._talk.say("logged", record.getMessage())
+
+
+def forks_with_a_pinned_writer(talk: Talk, root: str) -> None:
+    """The child ends as an interpreter does; what is not written yet is the parent's affair."""
+    store = _store_that_is("pinned writer", root, talk)
+    Told(talk)
+    pid = os.fork()
+    if pid == 0:
+        sys.exit(0)
+    talk.say("child", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), store.stats().pending)
+    os._exit(0)
+
+
 def leave_in_one_of_several_ways(store: SnapshotStore, number: int) -> None:
     if number % 3 == 0:
         os._exit(0)

@@ -60,6 +60,7 @@ def assert_discardable(root: Path, action: str) -> None:
     assert sessions_in(root) == []
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.crash)])
 def test_a_kill_at_any_operation_leaves_nothing_in_doubt(

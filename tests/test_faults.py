@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ import pytest
 from actions import (
     ACTIONS,
     BEFORE,
+    Key,
     Spot,
     Stage,
     assert_adoptable,
@@ -33,12 +35,13 @@ from processes import PATIENCE_S, Processes
 from trust_results import record
 
 from snapstore import RootError, SaveFailedError, SaveState, SnapshotCorruptError, SnapshotStore, StoreOptions
+from snapstore.testing import OPERATIONS, FaultyFileSystem, Gate
 
 NUMBERS = [
     *(errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS),
     *(errno.EMFILE, errno.ENOENT, errno.ESTALE, errno.EINTR),
 ]
-SHORT, LATE = "short write", "delay"
+SHORT, LATE, LOST = "short write", "delay", "every operation from there on"
 CAN_NOT_FAIL = frozenset({"tells_mounts"})
 REMOVING = frozenset({"unlink", "remove_directory"})
 LATE_S = 0.03
@@ -51,34 +54,59 @@ class Fault:
     spot: Spot
     kind: int | str
 
+    @property
+    def number(self) -> int | str:
+        """What an error says of it."""
+        return errno.EIO if self.kind == LOST else self.kind
+
     def __str__(self) -> str:
         name = errno.errorcode[self.kind] if isinstance(self.kind, int) else self.kind
         return f"{name} at {self.spot.operation} {self.spot.skip}"
 
-    def plant(self, stage: Stage) -> None:
+    @property
+    def when(self) -> Any:
         """A close that fails has closed all the same; what is not there to be removed is gone."""
+        gone = self.kind == errno.ENOENT and self.spot.operation in REMOVING
+        return "after" if gone or self.spot.operation == "close" else "before"
+
+    def plant(self, stage: Stage) -> None:
         operation, skip = self.spot.operation, self.spot.skip
         if isinstance(self.kind, int):
-            gone = self.kind == errno.ENOENT and operation in REMOVING
-            when = "after" if gone or operation == "close" else "before"
-            stage.files.fail(operation, self.kind, skip=skip, when=when)  # type: ignore[arg-type]
+            stage.files.fail(operation, self.kind, skip=skip, when=self.when)
         elif self.kind == SHORT:
             stage.files.short_write(7)
+        elif self.kind == LOST:
+            stage.files.call(
+                operation,
+                lambda: lose(stage.files),
+                skip=skip,
+                when="after" if operation == "close" else "before",
+            )
         else:
             stage.files.call(operation, lambda: time.sleep(LATE_S), skip=skip)
+
+
+def lose(files: FaultyFileSystem) -> None:
+    """Nothing works any more until the disk is back."""
+    for operation in set(OPERATIONS) - CAN_NOT_FAIL:
+        when: Any = "after" if operation == "close" else "before"
+        files.fail(operation, errno.EIO, when=when, times=math.inf)
+    raise OSError(errno.EIO, "the disk is gone")
 
 
 def faults_at(spots: Iterable[Spot]) -> list[Fault]:
     """Each operation in each way; of writes that are short, all are."""
     shortened = [SHORT] if any(spot.operation == "write" for spot in spots) else []
     first = [Fault(Spot("write", 0), kind) for kind in shortened]
-    return first + [Fault(spot, kind) for spot in spots for kind in (*NUMBERS, LATE)]
+    return first + [Fault(spot, kind) for spot in spots for kind in (*NUMBERS, LATE, LOST)]
 
 
 def some_each(spots: list[Spot]) -> list[Fault]:
     """Some forty operations, or all where there are not many more, each in one way, in turn."""
     chosen = spots[:: max(1, len(spots) // 40)]
-    return [Fault(spot, kind) for spot, kind in zip(chosen, itertools.cycle([*NUMBERS, LATE]), strict=False)]
+    return [
+        Fault(spot, kind) for spot, kind in zip(chosen, itertools.cycle([*NUMBERS, LATE, LOST]), strict=False)
+    ]
 
 
 def undisturbed(action: str, root: Path) -> list[Spot]:
@@ -100,7 +128,7 @@ def with_fault(action: str, root: Path, fault: Fault) -> Stage:
     except RootError as error:
         told = error.errno
         no_marker = fault.kind == errno.ENOENT and told == errno.EEXIST
-        refused = stage.store is None and (told == fault.kind or no_marker)
+        refused = stage.store is None and (told == fault.number or no_marker)
     else:
         refused = stage.store is not None
     assert refused, "the cause is in the error"
@@ -114,18 +142,25 @@ def assert_tickets_tell_the_truth(stage: Stage, fault: Fault) -> None:
         if ticket.state is SaveState.FAILED:
             error = ticket.exception(0)
             assert isinstance(error, SaveFailedError)
-            assert isinstance(error.__cause__, OSError) and error.__cause__.errno == fault.kind
-            assert stage.report is not None or everything_of(stage)[key] == BEFORE.get(key)
+            assert isinstance(error.__cause__, OSError) and error.__cause__.errno == fault.number
+            if stage.report is None:
+                assert everything_of(stage)[key] in what_may_be_read(stage, key, fault)
         else:
             assert ticket.state is SaveState.COMMITTED
             assert stage.report is not None or everything_of(stage)[key] == 1
+
+
+def what_may_be_read(stage: Stage, key: Key, fault: Fault) -> set[int | None]:
+    """What was there before; or the new one, where the disk was lost between its rename and the way back."""
+    both = fault.kind == LOST and stage.options.durability == "full" and key in BEFORE
+    return {BEFORE.get(key), 1} if both else {BEFORE.get(key)}
 
 
 def assert_errors_tell_the_cause(stage: Stage, fault: Fault) -> None:
     """What a reader or an operator was told."""
     for error in stage.raised:
         vanished = isinstance(error, (SnapshotCorruptError, RootError)) and fault.kind == errno.ENOENT
-        assert vanished or (isinstance(error, OSError) and error.errno == fault.kind), repr(error)
+        assert vanished or (isinstance(error, OSError) and error.errno == fault.number), repr(error)
 
 
 def everything_of(stage: Stage) -> dict[tuple[str, int], int | None]:
@@ -166,7 +201,7 @@ def look_after(action: str, root: Path, fault: Fault) -> None:
     assert_adoptable(root, ACTIONS[action].may_be)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_fault_at_any_operation_breaks_no_promise(
@@ -221,11 +256,24 @@ def assert_the_store_never_waits(store: SnapshotStore) -> None:
     assert ticket.done() or ticket.state is SaveState.WRITING
 
 
-def look_at_a_hang(action: str, root: Path, spot: Spot) -> None:
+def frozen_at(files: FaultyFileSystem, spot: Spot, *, whole: bool) -> Gate:
+    """The one operation never comes back; or none that is made from there on."""
+    gate = Gate()
+
+    def freeze() -> None:
+        for operation in OPERATIONS if whole else ():
+            files.call(operation, gate.pass_through, times=math.inf)
+        gate.pass_through()
+
+    files.call(spot.operation, freeze, skip=spot.skip)
+    return gate
+
+
+def look_at_a_hang(action: str, root: Path, spot: Spot, *, whole: bool = False) -> None:
     """For ever, as far as anybody here can see; and in the end it comes back all the same."""
     stage = stage_for(ACTIONS[action], root)
     stage.timeout_s = 0.2
-    gate = stage.files.pause(spot.operation, skip=spot.skip)
+    gate = frozen_at(stage.files, spot, whole=whole)
     with ThreadPoolExecutor(1) as caller:
         with gate:
             acting = caller.submit(ACTIONS[action].act, stage)
@@ -245,22 +293,23 @@ def look_at_a_hang(action: str, root: Path, spot: Spot) -> None:
     assert_adoptable(root, may_be)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_an_operation_that_hangs_holds_up_nobody_else(
+def test_a_disk_that_hangs_holds_up_nobody_who_does_not_wait_for_it(
     processes: Processes, tmp_path: Path, action: str, every: bool
 ) -> None:
-    """Two of its operations, or every one."""
+    """In one operation, in another the whole disk; or both in every one."""
     template = template_for(action, processes, tmp_path / "template")
     spots = undisturbed(action, copied(template, tmp_path / "undisturbed"))
-    chosen = spots if every else spots[len(spots) // 4 :: len(spots) // 2]
-    for spot in chosen:
-        root = copied(template, tmp_path / f"{spot.operation}-{spot.skip}")
+    some = [(spots[len(spots) // 3], False), (spots[len(spots) * 2 // 3], True)]
+    chosen = list(itertools.product(spots, (False, True))) if every else some
+    for spot, whole in chosen:
+        root = copied(template, tmp_path / f"{spot.operation}-{spot.skip}-{whole}")
         try:
-            look_at_a_hang(action, root, spot)
+            look_at_a_hang(action, root, spot, whole=whole)
         except BaseException as error:
-            error.args = (f"hung in {spot}: {error}",)
+            error.args = (f"hung in {spot}, the whole disk {whole}: {error}",)
             raise
         shutil.rmtree(root)
     record(f"hangs_{action.replace(' ', '_')}", "make faults", operations=len(spots), hangs=len(chosen))

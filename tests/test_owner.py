@@ -169,6 +169,11 @@ def test_a_forked_child_does_not_end_its_parents_session(processes: Processes, r
     child.kill()
 
 
+def test_a_forked_child_that_ends_says_nothing_of_its_parents_saves(processes: Processes, root: Path) -> None:
+    child = processes.start("forks_with_a_pinned_writer", root=str(root))
+    assert child.all_it_said() == ["child 0 2"]
+
+
 def test_forks_in_the_middle_of_saves_disturb_nobody(processes: Processes, root: Path) -> None:
     child = processes.start("forks_in_the_middle", root=str(root))
     assert [child.says() for _ in range(6)] == ["child 0"] * 6

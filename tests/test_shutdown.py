@@ -67,6 +67,21 @@ def test_shutdown_is_idempotent_and_concurrent_callers_get_the_same_report(
     assert id(store.shutdown(cleanup=True)) in reports
 
 
+def test_two_callers_at_the_same_moment_end_it_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SnapshotStore(root)
+    begin, both = threading.Thread.start, threading.Barrier(2)
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "snapstore-shutdown":
+            both.wait(10)
+        begin(thread)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as callers:
+        patch.setattr(threading.Thread, "start", start)
+        first, second = [callers.submit(store.shutdown) for _ in range(2)]
+        assert first.result(10) is second.result(10)
+
+
 @pytest.mark.parametrize("cleanup", [False, True])
 def test_shutdown_with_a_pinned_writer_returns_in_time_and_says_what_it_left(
     root: Path, files: FaultyFileSystem, cleanup: bool
