@@ -156,6 +156,27 @@ FAULTS = [
         "self._state.commit_of(key) or self._state.find(key)",
         "test_device_load.py::test_a_load_gives_the_later_save_of_a_key_never_the_one_that_it_replaces",
     ),
+    Fault(
+        "a CUDA stream does not wait for the producer's event",
+        "adapters/_torch_cuda.py",
+        "self._stream.wait_event(after)",
+        "pass",
+        "test_device_torch.py::test_a_save_s_copy_waits_on_a_stream_of_its_own_for_the_caller_s",
+    ),
+    Fault(
+        "the caller's CUDA stream does not wait for a load",
+        "adapters/_torch_cuda.py",
+        "            current.wait_event(mark)\n",
+        "",
+        "test_device_torch.py::test_the_caller_s_stream_waits_for_a_load_and_keeps_its_memory",
+    ),
+    Fault(
+        "the allocator may use a load's memory again while the caller's stream reads it",
+        "adapters/_torch_cuda.py",
+        "            arena.record_stream(current)\n",
+        "",
+        "test_device_torch.py::test_the_caller_s_stream_waits_for_a_load_and_keeps_its_memory",
+    ),
 ]  # fmt: skip
 
 

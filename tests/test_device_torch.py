@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import pkgutil
 import runpy
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from cuda_on_host import CudaOnHost, Event  # noqa: E402
 from devices import wait_for  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch_tensors import bytes_of, variety  # noqa: E402
 
 from snapstore import SnapshotStore, StoreOptions  # noqa: E402
+from snapstore._device import DeviceLostError  # noqa: E402
 from snapstore._format import ITEM_BYTES, Layout  # noqa: E402
 from snapstore.adapters import _torch_cuda, device_named, devices_of  # noqa: E402
 from snapstore.adapters._torch import _DTYPES, ADAPTER  # noqa: E402
@@ -225,83 +230,15 @@ def test_a_load_to_a_gpu_that_is_not_there_says_so(root: Path) -> None:
 # -- the CUDA device itself, with the host in the place of torch.cuda -------------------------------------------------
 
 
-class StandInEvent:
-    """Reached at once."""
-
-    def __init__(self) -> None:
-        self.recorded = False
-
-    def record(self, stream: object) -> None:
-        self.recorded = True
-
-    def query(self) -> bool:
-        return self.recorded
-
-
-class StandInStream:
-    def __init__(self, index: int = 0, priority: int = 0) -> None:
-        self.waited: list[StandInEvent] = []
-
-    def wait_event(self, event: StandInEvent) -> None:
-        assert event.recorded
-        self.waited.append(event)
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-
-class StandInRuntime:
-    """``cudart``, with a note of what is pinned."""
-
-    def __init__(self) -> None:
-        self.pinned: dict[int, int] = {}
-        self.refuses = False
-
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
-        assert address not in self.pinned and flags == 1
-        if self.refuses:
-            return 2
-        self.pinned[address] = nbytes
-        return 0
-
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
-        del self.pinned[address]
-        return 0
-
-    def cudaGetErrorString(self, code: int) -> str:  # noqa: N802
-        return {2: "out of memory"}[code]
-
-
 @pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch) -> StandInRuntime:
-    """Every tensor is on "CUDA", which is the host: the calls are real but for torch.cuda's own."""
-    runtime, stream = StandInRuntime(), StandInStream()
-    device = _torch_cuda.CudaDevice(0)
-    device.name = "cpu"
-    for name, stand_in in {
-        "Event": StandInEvent,
-        "Stream": StandInStream,
-        "current_stream": lambda index: stream,
-        "stream": lambda stream: stream,
-        "set_stream": lambda stream: None,
-        "set_device": lambda index: None,
-        "current_device": lambda: 0,
-        "is_current_stream_capturing": lambda: False,
-        "cudart": lambda: runtime,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    monkeypatch.setattr(_torch_cuda, "driver_function", lambda name: None)
-    monkeypatch.setattr(_torch_cuda, "devices_of", lambda tensors: [device] * len(tensors) or None)
-    monkeypatch.setattr(_torch_cuda, "device_named", lambda name: device)
-    return runtime
+def cuda(monkeypatch: pytest.MonkeyPatch) -> CudaOnHost:
+    return CudaOnHost(monkeypatch)
 
 
 @pytest.mark.parametrize("borrow", [False, True])
 @pytest.mark.parametrize("pinned_bytes", [0, 1024 * 1024])
 def test_the_cuda_device_brings_every_kind_of_tensor_there_and_back(
-    root: Path, runtime: StandInRuntime, borrow: bool, pinned_bytes: int
+    root: Path, cuda: CudaOnHost, borrow: bool, pinned_bytes: int
 ) -> None:
     tensors = variety()
     store = SnapshotStore(root, StoreOptions(max_pinned_bytes=pinned_bytes))
@@ -314,16 +251,81 @@ def test_the_cuda_device_brings_every_kind_of_tensor_there_and_back(
         for name, tensor in tensors.items():
             assert (loaded[name].dtype, loaded[name].shape) == (tensor.dtype, tensor.shape), name
             assert bytes_of(loaded[name]) == bytes_of(tensor), name
-    assert sum(runtime.pinned.values()) == pinned_bytes
+    assert sum(cuda.pinned.values()) == pinned_bytes
     assert store.stats().pageable_copies == (1 if pinned_bytes else 2)
     report = store.shutdown(cleanup=True)
-    assert report.clean and runtime.pinned == {}
+    assert report.clean and cuda.pinned == {}
+
+
+def test_a_save_s_copy_waits_on_a_stream_of_its_own_for_the_caller_s(root: Path, cuda: CudaOnHost) -> None:
+    with SnapshotStore(root, StoreOptions(max_pinned_bytes=0)) as store:
+        store.save("request", 1, {"a": torch.arange(3), "b": torch.arange(3)}).result(10)
+    assert cuda.journal == [
+        ("record", "the caller's", 1), ("wait", "own 1", 1), ("touch", "own 1", 0), ("record", "own 1", 2)
+    ]  # fmt: skip
+    assert [stream.priority for stream in cuda.streams] == [-1], "from where an engine takes none"
+
+
+def test_the_caller_s_stream_waits_for_a_load_and_keeps_its_memory(root: Path, cuda: CudaOnHost) -> None:
+    with SnapshotStore(root, StoreOptions(max_pinned_bytes=0)) as store:
+        store.save("request", 1, {"a": torch.arange(3)}).result(10)
+        cuda.journal.clear()
+        store.load("request", 1, device="cuda")
+    assert cuda.journal == [
+        ("touch", "own 2", 0), ("record", "own 2", 3), ("wait", "the caller's", 3), ("keep", "the caller's", 0)
+    ]  # fmt: skip
+
+
+def asked_of_the_driver(cuda: CudaOnHost, answer: int) -> bool:
+    """Whether the channel takes an event for reached, on a thread of its own, as a channel is used."""
+    mark = Event(cuda)
+    mark.cuda_event = 0x7FFF_1234_5678_9ABC  # a pointer: more than a C int holds
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+    def query(event: int) -> int:
+        assert event == mark.cuda_event
+        return answer
+
+    cuda.driver["EventQuery"] = query
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: _torch_cuda.CudaDevice(0).open().done(mark)).result()
+
+
+def test_an_event_is_reached_when_the_driver_says_so(cuda: CudaOnHost) -> None:
+    assert asked_of_the_driver(cuda, 0) is True
+    assert asked_of_the_driver(cuda, 600) is False
+
+
+@pytest.mark.parametrize("code", [700, 710])
+def test_any_other_answer_of_the_driver_is_the_loss_of_the_device(cuda: CudaOnHost, code: int) -> None:
+    with pytest.raises(DeviceLostError, match=str(code)):
+        asked_of_the_driver(cuda, code)
+
+
+def test_every_thread_of_a_device_lets_graphs_be_captured(root: Path, cuda: CudaOnHost) -> None:
+    """Mode 2 is relaxed, in CUDA and in HIP."""
+    told: list[tuple[str, int]] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int))
+    def exchange(mode: Any) -> int:
+        told.append((threading.current_thread().name, mode[0]))
+        mode[0] = 0  # what it was before
+        return 0
+
+    cuda.driver["ThreadExchangeStreamCaptureMode"] = exchange
+    store = SnapshotStore(root, StoreOptions(max_pinned_bytes=4096))
+    store.save("request", 1, {"a": torch.arange(3)}).result(10)
+    wait_for(lambda: store.stats().pinned_bytes == 4096)
+    assert store.shutdown(cleanup=True).clean
+    assert sorted(set(told)) == [
+        ("snapstore-device-cpu", 2), ("snapstore-pinner", 2), ("snapstore-unpinner", 2)
+    ]  # fmt: skip
 
 
 def test_a_runtime_that_refuses_to_pin_is_told_of_in_its_own_words(
-    root: Path, runtime: StandInRuntime, caplog: pytest.LogCaptureFixture
+    root: Path, cuda: CudaOnHost, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runtime.refuses = True
+    cuda.refuses_to_pin = True
     with SnapshotStore(root, StoreOptions(max_pinned_bytes=4096)) as store:
         store.save("request", 1, {"a": torch.arange(3)}).result(10)
         wait_for(lambda: "not_pinned" in caplog.text)
@@ -332,13 +334,9 @@ def test_a_runtime_that_refuses_to_pin_is_told_of_in_its_own_words(
 
 
 def test_a_thread_that_may_spoil_a_capture_says_so(
-    root: Path, runtime: StandInRuntime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    root: Path, cuda: CudaOnHost, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refused(mode: object) -> int:
-        return 201
-
-    named = {"ThreadExchangeStreamCaptureMode": refused}
-    monkeypatch.setattr(_torch_cuda, "driver_function", named.get)
+    cuda.driver["ThreadExchangeStreamCaptureMode"] = lambda mode: 201
     with SnapshotStore(root, StoreOptions(max_pinned_bytes=0)) as store:
         store.save("request", 1, {"a": torch.arange(3)}).result(10)
     assert "the driver says 201" in caplog.text and "snapstore-device-cpu" in caplog.text

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch_tensors import bytes_of
 
 from snapstore import SnapshotStore, StoreOptions
 
@@ -71,5 +70,9 @@ def same(got: torch.Tensor, expected: torch.Tensor) -> bool:
     return (
         got.dtype == expected.dtype
         and got.shape == expected.shape
-        and bytes_of(got.cpu()) == bytes_of(expected.cpu())
+        and torch.equal(raw_bytes(got), raw_bytes(expected))
     )
+
+
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
