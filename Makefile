@@ -14,7 +14,7 @@ ready := $(VENV)/.ready-$(key)
 bench_ready := $(VENV)/.ready-bench-$(key)
 
 .DELETE_ON_ERROR:
-.PHONY: help test crash faults powerloss engines gpu check format-check lint types layers format demo bench bench-quick clean
+.PHONY: help test crash explore faults powerloss engines gpu check format-check lint types layers format demo bench bench-quick clean
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -24,6 +24,9 @@ test: $(ready) ## The tests; ARGS="-k save" goes to pytest, WORKERS=2 runs two a
 
 crash: $(ready) ## Kill processes at their system calls, 1,000 times, and look at what they left; 2 minutes
 	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m crash $(ARGS)
+
+explore: $(ready) ## Walk 100,000 schedules of the store's threads, and find each planted bug; 10 minutes
+	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m explore tests/test_explored.py $(ARGS)
 
 faults: $(ready) ## Have every operation on the disk fail in every way, and hang; 8 minutes
 	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m slow tests/test_faults.py $(ARGS)

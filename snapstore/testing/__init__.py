@@ -3,9 +3,10 @@
 ``FaultyFileSystem`` pauses, fails, delays and shortens file operations; ``MemoryFileSystem`` is a disk in memory,
 and ``RecordingFileSystem`` one that tells what a power cut at any moment may leave of it;
 ``FakeDevice`` (needs numpy) has tensors whose copies complete when the test says so. A ``Gate`` is where they stop a
-thread.
+thread. ``explore`` (needs greenlet) runs a scenario in a ``World`` in many schedules, and ``replay`` one of them again.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from snapstore.testing._faults import OPERATIONS, FaultyFileSystem, Gate
@@ -13,10 +14,13 @@ from snapstore.testing._memory import MemoryFileSystem
 from snapstore.testing._power import PowerCut, RecordingFileSystem
 
 if TYPE_CHECKING:
+    from snapstore.testing._explore import ScheduleError, explore, explore_all, replay
     from snapstore.testing._fake_device import FakeDevice, FakeTensor
+    from snapstore.testing._world import DeadlockError, World
 
 __all__ = [
     "OPERATIONS",
+    "DeadlockError",
     "FakeDevice",
     "FakeTensor",
     "FaultyFileSystem",
@@ -24,13 +28,27 @@ __all__ = [
     "MemoryFileSystem",
     "PowerCut",
     "RecordingFileSystem",
+    "ScheduleError",
+    "World",
+    "explore",
+    "explore_all",
+    "replay",
 ]
+
+_ON_USE = {
+    "DeadlockError": "_world",
+    "FakeDevice": "_fake_device",
+    "FakeTensor": "_fake_device",
+    "ScheduleError": "_explore",
+    "World": "_world",
+    "explore": "_explore",
+    "explore_all": "_explore",
+    "replay": "_explore",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """``FakeDevice`` and ``FakeTensor``, imported on use: the rest works without numpy."""
-    if name not in ("FakeDevice", "FakeTensor"):
+    """What needs numpy or greenlet, imported on use: the rest works without them."""
+    if name not in _ON_USE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from snapstore.testing import _fake_device
-
-    return getattr(_fake_device, name)
+    return getattr(import_module(f"{__name__}.{_ON_USE[name]}"), name)

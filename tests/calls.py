@@ -1,0 +1,347 @@
+"""What is explored: a few clients beside each other, and what must hold of all they saw, in whatever order they ran.
+
+A client is a list of steps on ``Calls``, which notes when each call began, when it ended, and what came of it. When all
+have ended, ``Calls.check`` compares these notes with each other and with the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from snapstore import (
+    CleanupReport,
+    SaveCancelledError,
+    SaveFailedError,
+    SaveState,
+    SaveTicket,
+    ShutdownReport,
+    Snapshot,
+    SnapshotCorruptError,
+    SnapshotNotFoundError,
+    SnapshotStore,
+    StoreClosedError,
+    StoreFullError,
+)
+from snapstore._paths import parse_generation_name, parse_snapshot_name
+from snapstore.testing import World
+
+ROOT = "/root"
+OUTSIDE = "/outside"
+
+
+@dataclass(eq=False)
+class Call:
+    """``began`` and ``ended`` count switching points: a call was over before another if it ended before that began."""
+
+    verb: str
+    request_id: str | None
+    token_count: int | None
+    began: int
+    content: int = 0
+    ended: int = 1 << 60
+    outcome: Any = None
+
+    def before(self, other: Call) -> bool:
+        return self.ended <= other.began
+
+    def concerns(self, other: Call) -> bool:
+        return self.request_id is None or self.request_id == other.request_id
+
+    @property
+    def ticket(self) -> SaveTicket | None:
+        return self.outcome if isinstance(self.outcome, SaveTicket) else None
+
+    def __str__(self) -> str:
+        outcome = self.outcome
+        shown = (
+            f"{outcome.state.value} {outcome.generation}"
+            if isinstance(outcome, SaveTicket)
+            else repr(outcome)
+        )
+        key = f"{self.request_id} {self.token_count} #{self.content}"
+        return f"{self.verb} {key} [{self.began}, {self.ended}]: {shown}"
+
+
+EXPECTED = (
+    SaveCancelledError,
+    SaveFailedError,
+    SnapshotCorruptError,
+    SnapshotNotFoundError,
+    StoreClosedError,
+    StoreFullError,
+    FutureTimeoutError,
+    OSError,
+)
+
+
+@dataclass
+class Calls:
+    """One store, and all that was asked of it."""
+
+    world: World
+    store: SnapshotStore
+    calls: list[Call] = field(default_factory=list)
+    faulty: bool = False
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def save(self, request_id: str, token_count: int) -> None:
+        call = self._begin("save", request_id, token_count)
+        call.content = len(self.calls)
+        self._end(call, lambda: self.store.save(request_id, token_count, tensors(call.content)))
+
+    def load(self, request_id: str, token_count: int) -> None:
+        call = self._begin("load", request_id, token_count)
+        self._end(call, lambda: content_of(self.store.load(request_id, token_count)))
+
+    def cleanup(self, request_id: str, timeout_s: float = 2.0) -> None:
+        call = self._begin("cleanup", request_id)
+        self._end(call, lambda: self.store.cleanup_request(request_id, timeout_s=timeout_s))
+        self._check_clean(call)
+
+    def cleanup_all(self, timeout_s: float = 5.0) -> None:
+        call = self._begin("cleanup", None)
+        self._end(call, lambda: self.store.cleanup_all(timeout_s=timeout_s))
+        self._check_clean(call)
+
+    def detach(self, request_id: str, token_count: int) -> None:
+        call = self._begin("detach", request_id, token_count)
+        call.content = len(self.calls)
+        target = f"{OUTSIDE}/{call.content}"
+        self._end(call, lambda: self.store.detach(request_id, token_count, target, timeout_s=3.0))
+
+    def flush(self) -> None:
+        call = self._begin("flush", None)
+        self._end(call, lambda: self.store.flush(timeout_s=5.0))
+
+    def drain(self, request_id: str) -> None:
+        call = self._begin("drain", request_id)
+        self._end(call, lambda: self.store.drain_request(request_id, timeout_s=1.0))
+
+    def shutdown(self, *, cleanup: bool = False) -> None:
+        call = self._begin("forget" if cleanup else "shutdown", None)
+        self._end(call, lambda: self.store.shutdown(cleanup=cleanup, timeout_s=10.0))
+
+    def _begin(self, verb: str, request_id: str | None, token_count: int | None = None) -> Call:
+        call = Call(verb, request_id, token_count, self.world.points)
+        self.calls.append(call)
+        return call
+
+    def _end(self, call: Call, act: Callable[[], Any]) -> None:
+        try:
+            call.outcome = act()
+        except EXPECTED as error:
+            call.outcome = error
+        call.ended = self.world.points
+        self._check_balance()
+
+    # -- what must hold at any time ---------------------------------------------------------------------------------
+
+    def _check_balance(self) -> None:
+        stats = self.store.stats()
+        assert stats.accepted == stats.committed + stats.cancelled + stats.failed + stats.pending, stats
+        ended = stats.committed_bytes + stats.cancelled_bytes + stats.failed_bytes
+        assert stats.accepted_bytes == ended + stats.pending_bytes, stats
+
+    def _check_clean(self, call: Call) -> None:
+        """After ``clean=True`` no file of what it ended exists."""
+        if isinstance(call.outcome, CleanupReport) and call.outcome.clean:
+            ended = {
+                save.ticket.generation
+                for save in self.of("save")
+                if save.before(call) and save.ticket is not None and call.concerns(save)
+            }
+            there = {generation for generation, _ in self.files()}
+            assert not ended & there, f"{call} left files of generations {ended & there}"
+
+    # -- what must hold at the end ----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """When everybody waits, and nothing was shut down yet."""
+        try:
+            self._check_counters()
+            for save in self.of("save"):
+                self._check_save(save)
+            for load in self.of("load"):
+                self._check_load(load)
+            self._check_disk()
+        except AssertionError as error:
+            told = "\n".join(f"  {call}" for call in self.calls)
+            raise AssertionError(f"{error}\nthe calls:\n{told}") from error
+
+    def _check_counters(self) -> None:
+        stats = self.store.stats()
+        self._check_balance()
+        assert (stats.pending, stats.pending_bytes, stats.in_flight) == (0, 0, 0), stats
+        assert (stats.cancelled_in_hand, stats.writer_restarts) == (0, 0), stats
+        assert self.faulty or stats.trash_bytes == 0, stats
+
+    def _check_save(self, save: Call) -> None:
+        ticket = save.ticket
+        if ticket is None:
+            self._check_refusal(save)
+            return
+        assert ticket.done() and ticket.released, f"{save} is accepted and never settled"
+        if ticket.state is SaveState.CANCELLED:
+            assert self.may_be_cancelled(save), f"{save} was cancelled, and nobody asked for that"
+        if ticket.state is SaveState.FAILED:
+            assert self.faulty, f"{save} failed: {ticket.exception(0)}"
+
+    def _check_refusal(self, save: Call) -> None:
+        error = save.outcome
+        if isinstance(error, StoreClosedError):
+            assert any(not save.before(end) for end in self.of("shutdown", "forget")), f"{save} was refused"
+        elif isinstance(error, SaveCancelledError):
+            assert self.ended_by(save), f"{save} was refused"
+        else:
+            assert isinstance(error, StoreFullError), f"{save}: {error!r}"
+
+    def may_be_cancelled(self, save: Call) -> bool:
+        replacing = [
+            later
+            for later in self._saves(save.request_id, save.token_count)
+            if later is not save and not later.before(save) and later.ticket is not None
+        ]
+        return bool(replacing or self.ended_by(save))
+
+    def ended_by(self, save: Call) -> list[Call]:
+        """Cleanups that may have ended it: all that were not over before it began."""
+        return [each for each in self.of("cleanup") if each.concerns(save) and not each.before(save)]
+
+    def _surely_ended(self, save: Call, at: int) -> bool:
+        """Some cleanup began after it had returned, and was over by then."""
+        return any(
+            save.before(each) and each.ended <= at for each in self.of("cleanup") if each.concerns(save)
+        )
+
+    def _check_load(self, load: Call) -> None:
+        if isinstance(load.outcome, list):
+            save = self.saved(load.outcome)
+            key = (load.request_id, load.token_count)
+            assert (save.request_id, save.token_count) == key, f"{load} gave {save}"
+            assert not self._surely_ended(save, load.began), f"{load} gave {save}, which was cleaned up"
+            assert not self._surely_replaced(save, load.began), f"{load} gave {save}, which was replaced"
+        elif isinstance(load.outcome, SnapshotNotFoundError):
+            for save in self._saves(load.request_id, load.token_count):
+                if save.ticket is not None and save.before(load):
+                    lost = [each for each in self.ended_by(save) if not load.before(each)]
+                    gone = (
+                        lost
+                        or self.of("detach", "shutdown", "forget")
+                        or save.ticket.state is SaveState.FAILED
+                    )
+                    assert gone, f"{load} did not find {save}"
+        else:
+            assert self.faulty or isinstance(load.outcome, StoreClosedError), f"{load}"
+
+    def _surely_replaced(self, save: Call, at: int) -> bool:
+        return any(
+            save.before(later) and later.ended <= at
+            for later in self._saves(save.request_id, save.token_count)
+            if later.ticket is not None and later.ticket.state in self._replacing
+        )
+
+    @property
+    def _replacing(self) -> set[SaveState]:
+        """A save may also be replaced by one that fails later; then what was committed before is the last again."""
+        return {SaveState.COMMITTED} if self.faulty else {SaveState.COMMITTED, SaveState.CANCELLED}
+
+    def _check_disk(self) -> None:
+        """Every live entry has its file and loads; every file belongs to one; nothing is left in the making."""
+        expected = set()
+        for request_id in {call.request_id for call in self.of("save")}:
+            assert request_id is not None
+            for token_count in self.store.boundaries(request_id):
+                content = content_of(self.store.load(request_id, token_count))
+                save = self.saved(content)
+                assert (save.request_id, save.token_count) == (request_id, token_count)
+                assert save.ticket is not None and save.ticket.state is SaveState.COMMITTED, (
+                    f"{save} is there"
+                )
+                assert not self._surely_ended(save, self.world.points), f"{save} is there, and was cleaned up"
+                assert not self._surely_replaced(save, self.world.points), f"{save} is there: not the last"
+                expected.add((save.ticket.generation, token_count))
+        for save in self.of("save"):
+            if save.ticket is not None and save.ticket.state is SaveState.COMMITTED:
+                kept = not (self.ended_by(save) or self.of("detach"))
+                there = (save.ticket.generation, save.token_count) in expected
+                assert there or not kept, f"{save} is committed and not there"
+        assert expected <= self.files(), f"on disk {self.files()}, and live are {expected}"
+        assert self.faulty or self.files() <= expected, f"on disk {self.files()}, and live are {expected}"
+        if not self.faulty:
+            assert not self.strays(), f"left behind: {self.strays()}"
+            dead = self._generations() - {generation for generation, _ in expected}
+            assert not dead, f"directories of dead generations: {dead}"
+
+    # -- the disk ---------------------------------------------------------------------------------------------------
+
+    def files(self) -> set[tuple[int, int | None]]:
+        """Generation and boundary of each snapshot file in the session."""
+        found = set()
+        for path in self._below():
+            folder, _, name = path.partition("/")
+            generation = parse_generation_name(folder)
+            if generation is not None and name:
+                found.add((generation.generation, parse_snapshot_name(name)))
+        return found
+
+    def _generations(self) -> set[int]:
+        parsed = (parse_generation_name(path) for path in self._below())
+        return {each.generation for each in parsed if each is not None}
+
+    def strays(self) -> list[str]:
+        """Whatever is still in the making, or in the trash."""
+        return [path for path in self._below() if path.startswith((".tmp/", ".trash/"))]
+
+    def _below(self) -> list[str]:
+        above = f"{self.store.session}/"
+        return [path.removeprefix(above) for path in self.world.files.tree() if path.startswith(above)]
+
+    # -- the notes --------------------------------------------------------------------------------------------------
+
+    def of(self, *verbs: str) -> list[Call]:
+        return [call for call in self.calls if call.verb in verbs]
+
+    def _saves(self, request_id: str | None, token_count: int | None) -> Iterator[Call]:
+        return (
+            call
+            for call in self.of("save")
+            if (call.request_id, call.token_count) == (request_id, token_count)
+        )
+
+    def saved(self, content: list[int]) -> Call:
+        assert len(set(content)) == 1, f"torn: {content}"
+        return next(call for call in self.of("save") if call.content == content[0])
+
+    def check_ended(self, report: ShutdownReport) -> None:
+        """After a shutdown beside everything else: whatever was accepted is settled, and said to be so."""
+        assert self.store.shutdown() is report
+        stats = self.store.stats()
+        assert (stats.pending, stats.pending_bytes, stats.cancelled_in_hand) == (0, 0, 0), stats
+        told = set(report.abandoned)
+        for save in self.of("save"):
+            if save.ticket is None:
+                self._check_refusal(save)
+                continue
+            assert save.ticket.done() and save.ticket.released, f"{save} is accepted and never settled"
+            dropped = save.ticket.state is SaveState.CANCELLED and save.ticket.key not in told
+            forgot = self.of("forget")
+            assert not dropped or forgot or self.may_be_cancelled(save), f"{save} was dropped in silence"
+
+    @property
+    def report(self) -> ShutdownReport | None:
+        """Of the first shutdown that was asked for."""
+        return next((call.outcome for call in self.of("shutdown", "forget")), None)
+
+
+def tensors(content: int) -> dict[str, Any]:
+    return {"x": np.full(8, content, np.uint8)}
+
+
+def content_of(snapshot: Snapshot) -> list[int]:
+    return list(snapshot.tensors["x"].tolist())

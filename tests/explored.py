@@ -1,0 +1,268 @@
+"""What is explored: a few clients beside each other on one store, and several stores on one root."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from calls import OUTSIDE, ROOT, Calls, content_of
+
+from snapstore import SaveState, SnapshotStore, StoreOptions
+from snapstore.testing import World
+
+OPTIONS = StoreOptions(stuck_after_s=1e9)
+
+Step = Callable[[Calls], object]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Clients beside each other on one store. Called with a world, it is what ``explore`` takes."""
+
+    name: str
+    clients: Sequence[Sequence[Step]]
+    options: StoreOptions = OPTIONS
+    before: Sequence[Step] = ()
+    faults: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, world: World) -> None:
+        with world.calm():
+            world.files.make_directory(OUTSIDE)
+            on = Calls(world, open_store(world, self.options), faulty=self.faults > 0)
+            for step in self.before:
+                step(on)
+        world.fault_numbers, world.faults = (errno.EIO, errno.ENOSPC), self.faults
+        clients = [
+            world.go(f"client {number}", lambda steps=steps: [step(on) for step in steps])
+            for number, steps in enumerate(self.clients)
+        ]
+        for client in clients:
+            client.result()
+        world.faults = 0
+        with world.calm():
+            end(on)
+        assert world.files.open_descriptors == 0, f"{world.files.open_descriptors} descriptors are open"
+
+
+def open_store(world: World, options: StoreOptions = OPTIONS) -> SnapshotStore:
+    return SnapshotStore(ROOT, options, threads=world.threads, file_system=world.files)
+
+
+def end(on: Calls) -> None:
+    """At rest, everything agrees; a second use works; and after the end nothing is left."""
+    on.world.settle()
+    report = on.report
+    if report is None:
+        assert on.store.flush()
+        on.check()
+        use_again(on)
+        on.shutdown(cleanup=True)
+        report = on.report
+        assert report is not None and report.session_removed and not report.errors, report
+    else:
+        on.check_ended(report)
+    if report.session_removed:
+        assert str(on.store.session) not in on.world.files.tree()
+
+
+def use_again(on: Calls) -> None:
+    on.save("again", 1)
+    assert on.store.flush()
+    assert on.store.has("again", 1)
+    assert on.store.cleanup_all().clean
+    on.world.settle()
+    assert not on.files() and not on.strays()
+
+
+# -- the scenarios --------------------------------------------------------------------------------------------------
+
+
+def save(request_id: str = "a", token_count: int = 1) -> Step:
+    return lambda on: on.save(request_id, token_count)
+
+
+def load(request_id: str = "a", token_count: int = 1) -> Step:
+    return lambda on: on.load(request_id, token_count)
+
+
+def cleanup(request_id: str = "a", timeout_s: float = 2.0) -> Step:
+    return lambda on: on.cleanup(request_id, timeout_s)
+
+
+def cleanup_all(timeout_s: float = 5.0) -> Step:
+    return lambda on: on.cleanup_all(timeout_s)
+
+
+def detach(request_id: str = "a", token_count: int = 1) -> Step:
+    return lambda on: on.detach(request_id, token_count)
+
+
+def shutdown(cleanup: bool = False) -> Step:
+    return lambda on: on.shutdown(cleanup=cleanup)
+
+
+def flush(on: Calls) -> None:
+    on.flush()
+
+
+NARROW = replace(OPTIONS, max_pending_jobs=1, save_timeout_s=1.0)
+FULL = replace(OPTIONS, durability="full")
+
+SCENARIOS = [
+    Scenario("two savers of one key", [[save(), save(), load()], [save(), load()]]),
+    Scenario("a cleanup beside the writer", [[save(), save("a", 2)], [cleanup(), save()], [save("b")]]),
+    Scenario(
+        "cleanups of everything",
+        [[cleanup_all(), save()], [cleanup("a", 0), cleanup_all()], [save(), save("b")]],
+    ),
+    Scenario(
+        "a request id again and again",
+        [[save(), cleanup("a", 0), save(), cleanup(), save()], [load(), load()]],
+    ),
+    Scenario(
+        "detach beside a cleanup", [[save(), detach(), save()], [cleanup(), save("a", 2)], [detach("a", 2)]]
+    ),
+    Scenario("load beside a cleanup", [[save(), save()], [load(), load(), load()], [cleanup(), save()]]),
+    Scenario(
+        "no room", [[save(), save(), load()], [save(), save("b")], [save("c"), cleanup(), load()]], NARROW
+    ),
+    Scenario("the end beside savers", [[save(), save("a", 2)], [save("b"), save()], [shutdown()]]),
+    Scenario(
+        "an end that forgets", [[save(), save("a", 2)], [save("b"), cleanup()], [shutdown(cleanup=True)]]
+    ),
+    Scenario("two ends", [[save(), shutdown()], [save("b"), flush], [shutdown(cleanup=True)]]),
+    Scenario(
+        "one file over another, durably",
+        [[save(), save(), load()], [cleanup(), save()]],
+        FULL,
+        [save(), flush],
+    ),
+    Scenario(
+        "a disk that fails", [[save(), save("a", 2), load()], [cleanup(), save()], [save("b")]], faults=2
+    ),
+    Scenario(
+        "a disk that fails, durably",
+        [[save(), save(), load()], [cleanup(), save()]],
+        FULL,
+        [save(), flush],
+        faults=2,
+    ),
+]
+
+
+# -- several stores on one root -------------------------------------------------------------------------------------
+
+
+def leave_leftovers(world: World, *keys: tuple[str, int]) -> dict[tuple[str, int], list[int]]:
+    """A session whose owner is gone, with these snapshots; what they hold."""
+    with world.calm():
+        on = Calls(world, open_store(world, replace(OPTIONS, leftovers="keep")))
+        for request_id, token_count in keys:
+            on.save(request_id, token_count)
+        assert on.store.flush()
+        held = {key: content_of(on.store.load(*key)) for key in keys}
+        assert not on.store.shutdown().errors
+    return held
+
+
+def sessions(world: World) -> set[str]:
+    """What is in the root beside its marker."""
+    return {
+        path.removeprefix(f"{ROOT}/")
+        for path in world.files.tree()
+        if path.startswith(f"{ROOT}/") and path.count("/") == 2 and not path.startswith(f"{ROOT}/.snapstore")
+    }
+
+
+def leave_to_the_next(world: World) -> None:
+    """What one store found in another's hands is reclaimed by the next one."""
+    last = open_store(world)
+    world.settle()
+    assert last.shutdown(cleanup=True).session_removed
+    check_nothing_left(world)
+
+
+def check_nothing_left(world: World) -> None:
+    assert not sessions(world), f"left in the root: {sessions(world)}"
+    assert world.files.open_descriptors == 0, f"{world.files.open_descriptors} descriptors are open"
+
+
+def two_stores_that_reclaim(world: World) -> None:
+    """Leftovers go, each once; what lives is left alone, also while it comes to be."""
+    leave_leftovers(world, ("a", 1), ("b", 1))
+
+    def live() -> Calls:
+        on = Calls(world, open_store(world))
+        on.save("a", 1)
+        on.cleanup("a")
+        on.save("a", 2)
+        return on
+
+    clients = [world.go(f"store {number}", live) for number in range(2)]
+    stores = [client.result() for client in clients]
+    with world.calm():
+        world.settle()
+        alive = {each.store.session.name for each in stores}
+        assert sessions(world) == alive, f"there are {sessions(world)}, and alive are {alive}"
+        for each in stores:
+            end(each)
+        check_nothing_left(world)
+
+
+def two_stores_that_adopt(world: World) -> None:
+    """Each snapshot of a dead session becomes one store's own, and no snapshot is lost."""
+    held = leave_leftovers(world, ("a", 1), ("a", 2), ("b", 1))
+    adopting = replace(OPTIONS, leftovers="adopt")
+    clients = [world.go(f"store {number}", lambda: open_store(world, adopting)) for number in range(2)]
+    stores = [client.result() for client in clients]
+    with world.calm():
+        world.settle()
+        for key, content in held.items():
+            having = [store for store in stores if store.has(*key)]
+            assert len(having) == 1, f"{key} is in {len(having)} stores"
+            assert content_of(having[0].load(*key)) == content
+        for store in stores:
+            assert store.shutdown(cleanup=True).session_removed
+        leave_to_the_next(world)
+
+
+def one_store_leaves_while_another_adopts(world: World) -> None:
+    """The snapshots are the old store's, the new one's, or the next one's; never nobody's."""
+    with world.calm():
+        leaving = Calls(world, open_store(world))
+        leaving.save("a", 1)
+    adopting = replace(OPTIONS, leftovers="adopt")
+    last = world.go("leaving", lambda: [leaving.save("a", 2), leaving.flush(), leaving.shutdown()])
+    first = world.go("adopting", lambda: open_store(world, adopting))
+    last.result()
+    stores = [first.result()]
+    with world.calm():
+        world.settle()
+        stores.append(open_store(world, adopting))
+        for save in leaving.of("save"):
+            if save.ticket is None or save.ticket.state is not SaveState.COMMITTED:
+                continue
+            having = [store for store in stores if store.has("a", save.token_count or 0)]
+            assert len(having) == 1, f"{save} is in {len(having)} stores"
+            assert leaving.saved(content_of(having[0].load("a", save.token_count or 0))) is save
+        for store in stores:
+            assert store.shutdown(cleanup=True).session_removed
+        leave_to_the_next(world)
+
+
+STORIES = [two_stores_that_reclaim, two_stores_that_adopt, one_store_leaves_while_another_adopts]
+EVERYTHING: list[Callable[[World], None]] = [*SCENARIOS, *STORIES]
+SMALL = [SCENARIOS[0], SCENARIOS[3], SCENARIOS[10]]
+"""With few enough switching points to walk all schedules with two deviations."""
+
+
+def name_of(scenario: Callable[[World], None]) -> str:
+    return scenario.name if isinstance(scenario, Scenario) else scenario.__name__.replace("_", " ")
+
+
+def named(name: str) -> Callable[[World], None]:
+    return next(each for each in EVERYTHING if name_of(each) == name)
