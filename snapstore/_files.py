@@ -1,7 +1,8 @@
 """The only code that touches the disk, one method an operation: the seam at which tests plant faults.
 
 Every method does one system call (or a loop of one), blocks for as long as the disk does, and raises ``OSError``.
-Nothing follows a link in the last part of a path. Names may be given below an open directory (``dir_fd``).
+Nothing follows a link in the last part of a path, and below a guarded root in no part. Names may be given below an
+open directory (``dir_fd``).
 """
 
 from __future__ import annotations
@@ -22,13 +23,41 @@ TREE_DEPTH_MAX = 64
 """Deepest tree that is walked: ours have three levels, and each takes a descriptor and some stack."""
 
 
+_PASSING = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
 class FileSystem:
     """The real one. ``snapstore.testing.FaultyFileSystem`` wraps it."""
 
+    guarded: frozenset[str] = frozenset()
+    """Roots below which every path is gone directory by directory: who swaps one for a link leads nobody out."""
+
+    @contextmanager
+    def _reached(self, path: str, dir_fd: int | None) -> Iterator[tuple[str, int | None]]:
+        """What to call the path below which open directory; errors speak of the whole path."""
+        root = next((each for each in self.guarded if path.startswith(each + os.sep)), None)
+        if root is None or dir_fd is not None:
+            yield path, dir_fd
+            return
+        *way, name = path[len(root) + 1 :].split(os.sep)
+        fd = -1
+        try:
+            fd = _pass_through(root, way)
+            yield name, fd
+        except OSError as error:
+            error.filename = path
+            raise
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
     def make_directory(self, path: str, *, dir_fd: int | None = None) -> None:
         """A directory of mode 0700, whatever the umask. ``FileExistsError`` if it stands already."""
-        os.mkdir(path, 0o700, dir_fd=dir_fd)
-        os.chmod(path, 0o700, dir_fd=dir_fd)
+        with self._reached(path, dir_fd) as (name, fd):
+            os.mkdir(name, 0o700, dir_fd=fd)
+            made = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if stat.S_IMODE(made.st_mode) != 0o700:
+                os.chmod(name, 0o700, dir_fd=fd, follow_symlinks=False)
 
     def make_parents(self, path: str) -> None:
         """The directories above ``path``, with the modes that the umask leaves; they are not ours to tighten."""
@@ -37,14 +66,16 @@ class FileSystem:
     def create(self, path: str, *, dir_fd: int | None = None) -> int:
         """A new file of mode 0600, whatever the umask, open for writing."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return _private(os.open(path, flags, 0o600, dir_fd=dir_fd))
+        with self._reached(path, dir_fd) as (name, fd):
+            return _private(os.open(name, flags, 0o600, dir_fd=fd))
 
     def open_lock(self, path: str, *, create: bool, dir_fd: int | None = None) -> int:
         """A lock file, open for reading and writing; made if ``create``."""
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        if not create:
-            return os.open(path, flags, dir_fd=dir_fd)
-        return _private(os.open(path, flags | os.O_CREAT, 0o600, dir_fd=dir_fd))
+        with self._reached(path, dir_fd) as (name, fd):
+            if not create:
+                return os.open(name, flags, dir_fd=fd)
+            return _private(os.open(name, flags | os.O_CREAT, 0o600, dir_fd=fd))
 
     def tighten(self, fd: int) -> None:
         """Take from group and others whatever they may do with an open file or directory."""
@@ -55,7 +86,8 @@ class FileSystem:
     def open_read(self, path: str, *, dir_fd: int | None = None) -> int:
         """A regular file, open for reading; anything else (a link, a FIFO, a device) is refused without waiting."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(path, flags, dir_fd=dir_fd)
+        with self._reached(path, dir_fd) as (name, within):
+            fd = os.open(name, flags, dir_fd=within)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OSError(errno.EINVAL, "not a regular file", path)
@@ -63,7 +95,8 @@ class FileSystem:
 
     def open_directory(self, path: str, *, dir_fd: int | None = None) -> int:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(path, flags, dir_fd=dir_fd)
+        with self._reached(path, dir_fd) as (name, fd):
+            return os.open(name, flags, dir_fd=fd)
 
     def reserve(self, fd: int, nbytes: int) -> None:
         """Room on disk for a file that will be so long; nothing where the file system has no such thing.
@@ -100,30 +133,47 @@ class FileSystem:
         self, source: str, destination: str, *, from_fd: int | None = None, to_fd: int | None = None
     ) -> None:
         """Atomic on one file system; replaces a file, never a directory that has something in it."""
-        os.rename(source, destination, src_dir_fd=from_fd, dst_dir_fd=to_fd)
+        with (
+            self._reached(source, from_fd) as (old, old_fd),
+            self._reached(destination, to_fd) as (new, new_fd),
+        ):
+            os.rename(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd)
 
     def link(
         self, source: str, destination: str, *, from_fd: int | None = None, to_fd: int | None = None
     ) -> None:
         """A second name for a file. ``FileExistsError`` where there is one already: it replaces nothing."""
-        os.link(source, destination, src_dir_fd=from_fd, dst_dir_fd=to_fd, follow_symlinks=False)
+        with (
+            self._reached(source, from_fd) as (old, old_fd),
+            self._reached(destination, to_fd) as (new, new_fd),
+        ):
+            os.link(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd, follow_symlinks=False)
 
     def unlink(self, path: str, *, dir_fd: int | None = None) -> None:
-        os.unlink(path, dir_fd=dir_fd)
+        with self._reached(path, dir_fd) as (name, fd):
+            os.unlink(name, dir_fd=fd)
 
     def remove_directory(self, path: str, *, dir_fd: int | None = None) -> None:
-        os.rmdir(path, dir_fd=dir_fd)
+        with self._reached(path, dir_fd) as (name, fd):
+            os.rmdir(name, dir_fd=fd)
 
     def status(self, fd: int) -> os.stat_result:
         return os.fstat(fd)
 
     def status_at(self, path: str, *, dir_fd: int | None = None) -> os.stat_result:
         """The status of the name itself, not of what a link there points to."""
-        return os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+        with self._reached(path, dir_fd) as (name, fd):
+            return os.stat(name, dir_fd=fd, follow_symlinks=False)
 
     def names(self, directory: str | int) -> list[str]:
         """The names in a directory, given by path or by descriptor, sorted."""
-        return sorted(os.listdir(directory))
+        if isinstance(directory, int):
+            return sorted(os.listdir(directory))
+        fd = FileSystem.open_directory(self, directory)
+        try:
+            return sorted(os.listdir(fd))
+        finally:
+            os.close(fd)
 
     def lock(self, fd: int) -> bool:
         """Take the whole-file lock without waiting. True if it is ours now. The kernel drops it at any death."""
@@ -194,6 +244,18 @@ def _fallocate_here() -> Callable[[int, int, int, int], int] | None:
 
 
 _fallocate = _fallocate_here()
+
+
+def _pass_through(root: str, way: Sequence[str]) -> int:
+    """Open the directory at the end of the way, for names below it. ``ENOTDIR`` where one on it is a link."""
+    fd = os.open(root, _PASSING)
+    for name in way:
+        try:
+            inner = os.open(name, _PASSING, dir_fd=fd)
+        finally:
+            os.close(fd)
+        fd = inner
+    return fd
 
 
 def _private(fd: int) -> int:

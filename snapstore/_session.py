@@ -67,6 +67,7 @@ class Session:
 
         ``durable``: the session outlives a power cut from here on.
         """
+        files.guarded |= {root}
         try:
             prepare_root(files, root)
             if durable:

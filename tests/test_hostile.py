@@ -1,0 +1,302 @@
+"""Somebody else writes into the root while stores work there: nothing outside is read, written or removed.
+
+Somebody who may do that (a root that was given with open modes, or a process of the same user) swaps directories for
+links to a twin of the root that lies outside; the kernel says (inotify) whether anything of the twin is touched. Once
+at every single step of what a store does, and thousands of times beside it, by a thread that exchanges directory and
+link in one system call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import roots
+from actions import wait_until
+from helpers import assert_same
+
+from snapstore import SnapshotStore, SnapstoreError, StoreOptions, _paths
+from snapstore._files import FileSystem
+from snapstore._maintenance.plan import Rules, make_plan
+from snapstore._maintenance.prune import carry_out
+from snapstore._maintenance.root import opened_root
+from snapstore._maintenance.survey import sessions, surroundings
+from snapstore._maintenance.verify import verify_root
+from snapstore.testing import OPERATIONS, FaultyFileSystem
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="inotify tells what was touched, on Linux alone"
+)
+
+QUICK = StoreOptions(
+    leftovers="keep", cleanup_request_timeout_s=0.5, cleanup_all_timeout_s=0.5, shutdown_timeout_s=2.0
+)
+TOKENS = (3, 5)
+
+
+class Twin:
+    """A copy of a root outside of it, which must stay as it is and which nobody may look into."""
+
+    def __init__(self, root: Path, outside: Path) -> None:
+        self.root = root
+        self.outside = roots.copy_of(root, outside)
+        for session in outside.glob("2*"):
+            (session / _paths.TRASH / "precious").write_bytes(b"precious")
+            (session / _paths.TEMPORARY / "precious").write_bytes(b"precious")
+        self._before = roots.everything_in(outside)
+        self._watch = roots.Watch(outside)
+
+    def of(self, path: Path) -> Path:
+        return self.outside / path.relative_to(self.root)
+
+    def assert_untouched(self) -> None:
+        assert self._watch.events() == []
+        assert roots.everything_in(self.outside) == self._before
+
+    def close(self) -> None:
+        self._watch.close()
+
+
+@contextmanager
+def watched(root: Path) -> Iterator[Twin]:
+    """The root's twin while the block runs; whatever happens there, it fails the test."""
+    twin = Twin(root, root.parent / "outside")
+    try:
+        yield twin
+        twin.assert_untouched()
+    finally:
+        twin.close()
+        shutil.rmtree(twin.outside)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("template") / "root"
+    roots.killed(root)
+    return root
+
+
+TARGETS: dict[str, Callable[[Path], Path]] = {
+    "the session": lambda session: session,
+    "the temporary directory": lambda session: session / _paths.TEMPORARY,
+    "the trash": lambda session: session / _paths.TRASH,
+    "a generation": lambda session: min(session.glob("*.g1")),
+}
+
+
+def test_the_watch_sees_what_is_done_through_a_link(template: Path, root: Path) -> None:
+    roots.copy_of(template, root)
+    session = next(root.glob("2*"))
+    with watched(root) as twin:
+        shutil.rmtree(session)
+        session.symlink_to(twin.of(session))
+        twin.assert_untouched()
+        (session / _paths.OWNER_RECORD).read_bytes()
+        with pytest.raises(AssertionError):
+            twin.assert_untouched()
+
+
+# --- once, at every step ---
+
+
+def swapped_at(files: FaultyFileSystem, step: int, swap: Callable[[], None]) -> list[int]:
+    """Swap right before the operation of that number, whichever thread makes it. Counts the operations."""
+    count, lock = [0], threading.Lock()
+
+    def act() -> None:
+        with lock:
+            count[0] += 1
+            now = count[0] == step + 1
+        if now:
+            swap()
+
+    for operation in OPERATIONS:
+        files.call(operation, act, times=float("inf"))
+    return count
+
+
+def swap_for_link(path: Path, target: Path, aside: Path) -> None:
+    with suppress(FileNotFoundError):
+        path.rename(aside)
+    with suppress(FileNotFoundError, NotADirectoryError):  # all above it is gone by then
+        path.symlink_to(target)
+
+
+def work(store: SnapshotStore, round_: int) -> None:
+    """Every verb that touches the disk. What fails, fails with an error that is the store's or the disk's."""
+    for token_count in TOKENS:
+        store.save("held", token_count, roots.tensors(token_count + round_))
+    store.save("gone", 1, roots.tensors(1))
+    store.flush(5)
+    for request, token_count in (("held", 3), ("held", 5), ("gone", 1)):
+        with suppress(SnapstoreError, OSError):
+            store.load(request, token_count)
+    with suppress(SnapstoreError, OSError):
+        store.detach("gone", 1, store.root.parent / "detached", timeout_s=5)
+    store.cleanup_request("gone")
+
+
+def saves_and_cleans(root: Path, what: str, step: int) -> int:
+    """One life of a store, with the swap at that step of it. How many steps there were."""
+    files = FaultyFileSystem()
+    store = SnapshotStore(root, QUICK, file_system=files)
+    work(store, 0)
+    wait_until(lambda: not any((store.session / _paths.TRASH).iterdir()))  # else it could not be copied
+    with watched(root) as twin:
+        target = TARGETS[what](store.session)
+        count = swapped_at(files, step, lambda: swap_for_link(target, twin.of(target), root.parent / "aside"))
+        work(store, 1)
+        store.shutdown(cleanup=True)
+        files.heal()
+    return count[0]
+
+
+def starts_beside_leftovers(root: Path, what: str, step: int, leftovers: str) -> int:
+    files = FaultyFileSystem()
+    target = TARGETS[what](next(root.glob("2*")))
+    with watched(root) as twin:
+        count = swapped_at(files, step, lambda: swap_for_link(target, twin.of(target), root.parent / "aside"))
+        with suppress(SnapstoreError):
+            use_leftovers(SnapshotStore(root, StoreOptions(leftovers=leftovers), file_system=files))  # type: ignore[arg-type]
+        files.heal()
+    return count[0]
+
+
+def use_leftovers(store: SnapshotStore) -> None:
+    """Load what was adopted, if that is what it does, and end."""
+    for request in roots.REQUESTS:
+        for token_count in store.boundaries(request):
+            with suppress(SnapstoreError, OSError):
+                store.load(request, token_count)
+    store.shutdown(cleanup=True)
+
+
+STEPS: dict[str, Callable[[Path, str, int], int]] = {
+    "save, load, detach, cleanup, shutdown": saves_and_cleans,
+    "reclaim": lambda root, what, step: starts_beside_leftovers(root, what, step, "discard"),
+    "adopt": lambda root, what, step: starts_beside_leftovers(root, what, step, "adopt"),
+}
+
+
+@pytest.mark.parametrize("what", TARGETS)
+@pytest.mark.parametrize("verb", STEPS)
+@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_link_that_is_swapped_in_at_any_step_leads_nowhere(
+    template: Path, tmp_path: Path, verb: str, what: str, stride: int
+) -> None:
+    step, steps = 0, 1
+    while step < steps:
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        roots.copy_of(template, folder / "root")
+        steps = STEPS[verb](folder / "root", what, step)
+        shutil.rmtree(folder)
+        step += stride
+    assert steps > 40
+
+
+# --- thousands of times, beside it ---
+
+_EXCHANGE = 2
+_AT_CWD = -100
+
+
+class Swapper:
+    """A thread that exchanges a directory and a link to its twin, until the block ends; the directory stays there."""
+
+    def __init__(self, target: Path, link: Path) -> None:
+        self._names = os.fsencode(target), os.fsencode(link)
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._thread = threading.Thread(target=self._run, name="swapper")
+        self._over = False
+        self.swaps = 0
+
+    def __enter__(self) -> Swapper:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over or self.swaps % 2:
+            if self._libc.renameat2(_AT_CWD, self._names[0], _AT_CWD, self._names[1], _EXCHANGE) == 0:
+                self.swaps += 1
+            elif self._over:  # somebody removed the one or the other, as it may be
+                return
+
+
+SWAPS = [400, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
+
+
+@contextmanager
+def swapping(twin: Twin, target: Path) -> Iterator[Swapper]:
+    link = twin.root.parent / "link"
+    link.unlink(missing_ok=True)
+    link.symlink_to(twin.of(target))
+    with Swapper(target, link) as swapper:
+        yield swapper
+
+
+@pytest.mark.parametrize("what", TARGETS)
+@pytest.mark.parametrize("swaps", SWAPS)
+def test_a_store_at_work_beside_somebody_who_swaps_its_directories(root: Path, what: str, swaps: int) -> None:
+    store = SnapshotStore(root, QUICK)
+    work(store, 0)
+    wait_until(lambda: not any((store.session / _paths.TRASH).iterdir()))  # else it could not be copied
+    with watched(root) as twin, swapping(twin, TARGETS[what](store.session)) as swapper:
+        rounds = 0
+        while swapper.swaps < swaps or rounds < 5:
+            rounds += 1
+            work(store, rounds)
+    store.save("after", 1, roots.tensors(1)).result(10)
+    assert_same(store.load("after", 1), roots.tensors(1))
+    store.shutdown(cleanup=True)
+
+
+def again_and_again(
+    template: Path, tmp_path: Path, what: str, swaps: int, act: Callable[[Path], None]
+) -> None:
+    """``act`` on one root after another, each while somebody swaps in it, until so many swaps were made."""
+    made = rounds = 0
+    while made < swaps or rounds < 5:
+        folder = tmp_path / str(rounds)
+        root = roots.copy_of(template, folder / "root")
+        with watched(root) as twin, swapping(twin, TARGETS[what](next(root.glob("2*")))) as swapper:
+            act(root)
+        made, rounds = made + swapper.swaps, rounds + 1
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("what", TARGETS)
+@pytest.mark.parametrize("leftovers", ["discard", "adopt"])
+@pytest.mark.parametrize("swaps", SWAPS)
+def test_leftovers_that_somebody_swaps_while_they_are_reclaimed_or_adopted(
+    template: Path, tmp_path: Path, what: str, leftovers: str, swaps: int
+) -> None:
+    def start(root: Path) -> None:
+        with suppress(SnapstoreError):
+            use_leftovers(SnapshotStore(root, StoreOptions(leftovers=leftovers)))  # type: ignore[arg-type]
+
+    again_and_again(template, tmp_path, what, swaps, start)
+
+
+@pytest.mark.parametrize("what", TARGETS)
+@pytest.mark.parametrize("swaps", SWAPS)
+def test_a_prune_and_a_verification_beside_somebody_who_swaps(
+    template: Path, tmp_path: Path, what: str, swaps: int
+) -> None:
+    def tidy(root: Path) -> None:
+        with opened_root(FileSystem(), str(root), to_change=True) as opened:
+            verify_root(opened, on_read=lambda _: None, quarantine=True)
+            carry_out(opened, make_plan(sessions(opened), surroundings(opened), Rules(), 4e9))
+
+    again_and_again(template, tmp_path, what, swaps, tidy)
