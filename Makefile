@@ -14,7 +14,7 @@ ready := $(VENV)/.ready-$(key)
 bench_ready := $(VENV)/.ready-bench-$(key)
 
 .DELETE_ON_ERROR:
-.PHONY: help test crash explore faults powerloss engines gpu check format-check lint types layers format demo bench bench-quick clean
+.PHONY: help test crash explore faults powerloss model engines gpu check format-check lint types layers format demo bench bench-quick clean
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -33,6 +33,9 @@ faults: $(ready) ## Have every operation on the disk fail in every way, and hang
 
 powerloss: $(ready) ## Open every state that a power cut may leave, in wide windows; minutes
 	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m powerloss -o faulthandler_timeout=0 tests/test_powerloss.py $(ARGS)
+
+model: ## Search the protocol's models with spin, and have each shortcut refuted; 3 minutes; needs spin and gcc
+	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(PYTHON) tests/model/run.py $(ARGS)
 
 engines: $(ready) ## Contract tests inside SGLang's and vLLM's own files; fetches their wheels once (400 MB)
 	@mkdir -p $(VENV)/engines
