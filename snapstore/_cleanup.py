@@ -28,6 +28,9 @@ RECLAIM_S = 30.0
 _LOOK_EVERY_S = 0.1
 """While leftovers are reclaimed: how often this store's own trash and the free space are looked at."""
 
+_BATCH = 32
+"""Renames between two looks of those who wait for them: each look costs as much as a rename, and a turn of the GIL."""
+
 _log = logging.getLogger("snapstore.cleanup")
 
 
@@ -148,14 +151,15 @@ class Sweeper:
         return lives
 
     def _sweep(self, lives: list[Life]) -> None:
-        for life in lives:
-            try:
-                trashed_bytes = self._rename_aside(life)
-            except OSError as error:
-                self._note_failure(error)
-                self._state.not_swept(life, error)
-            else:
-                self._state.swept(life, trashed_bytes)
+        for start in range(0, len(lives), _BATCH):
+            swept: list[tuple[Life, int]] = []
+            for life in lives[start : start + _BATCH]:
+                try:
+                    swept.append((life, self._rename_aside(life)))
+                except OSError as error:
+                    self._note_failure(error)
+                    self._state.not_swept(life, error)
+            self._state.swept(swept)
 
     def _rename_aside(self, life: Life) -> int:
         """Bytes that now wait in the trash: none where there was no directory, which is what a sweep wants."""

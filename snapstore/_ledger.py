@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from snapstore._latency import Latencies, Reasons
 from snapstore._reasons import reason_of
-from snapstore._records import Commit, Published
+from snapstore._records import Published
 from snapstore._room import Room
 
 _NO_LATENCIES, _NO_REASONS = Latencies(), Reasons()
@@ -65,15 +65,15 @@ class Ledger:
         self.failed_bytes += nbytes
         self.failures = self.failures.with_one(reason_of(error), nbytes)
 
-    def list(self, commit: Commit) -> None:
+    def list(self, disk_bytes: int) -> None:
         """A snapshot is in the index."""
         self.live_snapshots += 1
-        self.session_bytes += commit.disk_bytes
+        self.session_bytes += disk_bytes
 
-    def unlist(self, commit: Commit) -> None:
-        """It is there no more."""
-        self.live_snapshots -= 1
-        self.session_bytes -= commit.disk_bytes
+    def unlist(self, count: int, disk_bytes: int) -> None:
+        """So many are there no more."""
+        self.live_snapshots -= count
+        self.session_bytes -= disk_bytes
 
     def note(self, name: str, seconds: float) -> None:
         """One more observation for a histogram."""

@@ -21,7 +21,10 @@ class Commit:
 
 @dataclass(slots=True, eq=False)
 class Life:
-    """One generation of a request id. Its fields change only under the state lock."""
+    """One generation of a request id. Its fields change only under the state lock.
+
+    ``committed_bytes``, ``disk_bytes``: sums over ``committed``, so that its end takes no longer the more there is.
+    """
 
     request_id: str
     generation: int
@@ -30,6 +33,8 @@ class Life:
     on_disk: bool = False
     swept: bool = False
     sweep_error: OSError | None = None
+    committed_bytes: int = 0
+    disk_bytes: int = 0
     doomed_bytes: int = 0
     waiting: int = 0
     staging: set[Job] = field(default_factory=set)

@@ -444,8 +444,17 @@ class State:
 
     def await_swept(self, lives: Sequence[Life | End], timeout_s: float) -> int:
         """Wait until the sweeper is done with these lives, or failed. How many the writer has in hand at the end."""
+        left = list(
+            reversed(lives)
+        )  # the sweeper goes through them in this order: one look at each is enough
+
+        def over() -> bool:
+            while left and left[-1].settled:
+                left.pop()
+            return not left
+
         with self._lock:
-            self._rest.wait_for(lambda: all(life.settled for life in lives), timeout_s)
+            self._rest.wait_for(over, timeout_s)
             return self._end_cleanup_locked(lives, waited=timeout_s > 0)
 
     def end_cleanup(self, lives: Sequence[Life | End], *, waited: bool) -> int:
@@ -515,11 +524,12 @@ class State:
         with self._lock:
             return self._take_dirt_locked()
 
-    def swept(self, life: Life, trashed_bytes: int) -> None:
-        """The directory of a dead life is out of the way (invariant 9); so many bytes of it wait in the trash."""
+    def swept(self, lives: Sequence[tuple[Life, int]]) -> None:
+        """Directories of dead lives are out of the way (invariant 9); so many bytes of each wait in the trash."""
         with self._lock:
-            self._bury_locked(life)
-            self._ledger.trash_bytes += trashed_bytes - life.doomed_bytes
+            for life, trashed_bytes in lives:
+                self._bury_locked(life)
+                self._ledger.trash_bytes += trashed_bytes - life.doomed_bytes
             self._rest.notify_all()
             self._publish_locked()
         self._ring()
@@ -655,6 +665,7 @@ class State:
         """A life with nothing in it ends: its first save was rejected or abandoned, its last snapshot detached."""
         if life.alive and life.empty:
             self._end_life_locked(life, Cleanup(), [])
+            self._dirt.notify()
 
     def _end_life_locked(self, life: Life, cleanup: Cleanup, settled: _Settled) -> None:
         life.alive = False
@@ -668,16 +679,14 @@ class State:
             cleanup.cancelled += 1
         cleanup.cancelled += len(life.staging)
         cleanup.removed += len(life.committed)
-        cleanup.removed_bytes += sum(commit.info.nbytes for commit in life.committed.values())
-        life.doomed_bytes = sum(commit.disk_bytes for commit in life.committed.values())
-        self._ledger.trash_bytes += life.doomed_bytes
-        for token_count in list(life.committed):
-            self._unlist_locked(life, token_count)
+        cleanup.removed_bytes += life.committed_bytes
+        life.doomed_bytes = life.disk_bytes
+        self._ledger.unlist(len(life.committed), life.disk_bytes)
+        self._ledger.trash_bytes += life.disk_bytes
         if life.on_disk:
             self._dying.setdefault(life.request_id, []).append(life)
             if not life.busy:
                 self._to_sweep.append(life)
-                self._dirt.notify()
 
     def _end_cleanup_locked(self, lives: Sequence[Life | End], *, waited: bool) -> int:
         if waited and not all(life.settled for life in lives):
@@ -786,12 +795,16 @@ class State:
 
     def _list_locked(self, life: Life, commit: Commit) -> None:
         life.committed[commit.info.key.token_count] = commit
-        self._ledger.list(commit)
+        life.committed_bytes += commit.info.nbytes
+        life.disk_bytes += commit.disk_bytes
+        self._ledger.list(commit.disk_bytes)
 
     def _unlist_locked(self, life: Life, token_count: int) -> Commit | None:
         commit = life.committed.pop(token_count, None)
         if commit is not None:
-            self._ledger.unlist(commit)
+            life.committed_bytes -= commit.info.nbytes
+            life.disk_bytes -= commit.disk_bytes
+            self._ledger.unlist(1, commit.disk_bytes)
         return commit
 
     def _cancel_locked(self, job: Job, settled: _Settled) -> None:

@@ -536,7 +536,7 @@ ON_THE_CALLER = [
     "snapstore._staging.HostImage",
 ]
 IN_THE_WRITER = [
-    *("snapstore._writer.checksums_of", "snapstore._writer.encode_header", "snapstore._writer.write_all"),
+    *("snapstore._filing.Checksums", "snapstore._filing.encode_header", "snapstore._filing.write_all"),
     *("snapstore._paths.random_name", "snapstore._writer.SnapshotInfo"),
 ]
 

@@ -187,7 +187,7 @@ class Hands:
         """Generations whose directories went."""
         lives = self.state.take_dirt()
         for life in lives:
-            self.state.swept(life, life.doomed_bytes)
+            self.state.swept([(life, life.doomed_bytes)])
         return [life.generation for life in lives]
 
     def hold(self, request_id: str = "a", tokens: int = 1) -> tuple[Life, Commit]:
@@ -987,7 +987,7 @@ def test_6_bells_ring_outside_the_lock_after_whatever_may_end_a_wait(hands: Hand
         assert rings(hands.clean, "a")
         assert hands.state.take_dirt() == [job.life]
         assert rings(hands.state.not_swept, job.life, OSError("busy"))
-        assert rings(hands.state.swept, job.life, 0)
+        assert rings(hands.state.swept, [(job.life, 0)])
         assert rings(hands.state.leave, hands.state.queue_up(SnapshotKey("b", 1), 1, CONTENT))
         assert rings(hands.state.fail, hands.start("b"), OSError("disk"))
         job = hands.start("b")
@@ -1329,7 +1329,7 @@ def test_9_a_dead_life_goes_to_the_sweeper_at_once_when_nobody_holds_it(hands: H
     assert cleanup.lives == [job.life] and not job.life.swept
     assert (hands.now.session_bytes, hands.now.trash_bytes) == (0, 100), "forgotten, and not yet free"
     assert hands.state.take_dirt() == [job.life]
-    hands.state.swept(job.life, 100)
+    hands.state.swept([(job.life, 100)])
     assert job.life.swept and hands.now.trash_bytes == 100
     assert hands.clean("a").lives == []
 
@@ -1338,7 +1338,7 @@ def test_9_a_directory_that_was_gone_already_leaves_nothing_in_the_trash(hands: 
     job = hands.write()
     hands.clean("a")
     assert hands.state.take_dirt() == [job.life]
-    hands.state.swept(job.life, 0)
+    hands.state.swept([(job.life, 0)])
     assert hands.now.trash_bytes == 0
 
 
@@ -1598,7 +1598,7 @@ def test_9_the_sweeper_leaves_after_the_writer_when_told_so(hands: Hands, script
     hands.state.end_sweeper(after_writer=True)
     script.meanwhile(lambda: hands.state.finish_cancelled(job))
     assert hands.state.claim_dirt() == [job.life]
-    hands.state.swept(job.life, 0)
+    hands.state.swept([(job.life, 0)])
     script.meanwhile(hands.state.writer_ended)
     assert hands.state.claim_dirt() is None
 

@@ -683,7 +683,7 @@ class StateMachine(RuleBasedStateMachine):
         for path in [path for path in self.files if path[:2] == (life.request_id, life.generation)]:
             del self.files[path]
         self.trash.append(life.doomed_bytes)
-        self.state.swept(life, life.doomed_bytes)
+        self.state.swept([(life, life.doomed_bytes)])
         era.sweep = "swept"
 
     @precondition(lambda self: self.sweeping or self.trash)
