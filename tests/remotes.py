@@ -37,6 +37,7 @@ class Nodes:
         self.url = url
         self._given = options.pop("remote_options", {})
         self._options = options
+        self.client_options = dict(self._given)
         self._open: list[SnapshotStore] = []
 
     def __call__(self, name: str, **options: Any) -> SnapshotStore:
@@ -47,8 +48,8 @@ class Nodes:
         return store
 
     def close(self) -> None:
-        for store in self._open:
-            store.shutdown(timeout_s=5.0)
+        while self._open:
+            self._open.pop().shutdown(timeout_s=5.0)
 
 
 class Gate:

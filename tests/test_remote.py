@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import secrets
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import obstore
 import pytest
 from helpers import assert_same, tensors
+from object_stores import BUCKET, Moto, SeaweedFS, options_for, running
 from remotes import Nodes, failing, held_back, new_memory_url, warm_up
 
 from snapstore import (
@@ -31,28 +34,50 @@ def _client():
     warm_up()
 
 
-@pytest.fixture(params=["memory", "file"])
-def url(request, tmp_path):
-    return new_memory_url() if request.param == "memory" else f"file://{tmp_path}/shared"
+SERVERS = [pytest.param(Moto, marks=pytest.mark.servers), pytest.param(SeaweedFS, marks=pytest.mark.servers)]
+"""`make servers` runs every test on these too."""
 
 
-@pytest.fixture
-def nodes(tmp_path):
-    nodes = Nodes(tmp_path, new_memory_url())
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """Started at the first test that wants one of a kind, and shared: each test has a prefix of its own."""
+    with ExitStack() as stack:
+        started = {}
+
+        def server(kind):
+            if kind not in started:
+                started[kind] = stack.enter_context(running(kind(tmp_path_factory.mktemp("server"))))
+            return started[kind]
+
+        yield server
+
+
+def nodes_on(kind, request, tmp_path):
+    if kind == "memory":
+        nodes = Nodes(tmp_path, new_memory_url())
+    elif kind == "file":
+        nodes = Nodes(tmp_path, f"file://{tmp_path}/shared")
+    else:
+        server = request.getfixturevalue("servers")(kind)
+        url = f"s3://{BUCKET}/{secrets.token_hex(8)}"
+        nodes = Nodes(tmp_path, url, remote_options=options_for(server.endpoint))
     yield nodes
     nodes.close()
 
 
-@pytest.fixture
-def anywhere(tmp_path, url):
-    nodes = Nodes(tmp_path, url)
-    yield nodes
-    nodes.close()
+@pytest.fixture(params=["memory", *SERVERS])
+def nodes(request, tmp_path):
+    yield from nodes_on(request.param, request, tmp_path)
+
+
+@pytest.fixture(params=["memory", "file", *SERVERS])
+def anywhere(request, tmp_path):
+    yield from nodes_on(request.param, request, tmp_path)
 
 
 def there(nodes: Nodes) -> ObjectStore:
     """The object store, looked at from outside."""
-    return ObjectStore(nodes.url, {}, 5.0)
+    return ObjectStore(nodes.url, nodes.client_options, 5.0)
 
 
 def objects(nodes: Nodes) -> list[str]:
@@ -85,6 +110,7 @@ class TestRoundTrip:
         snapshot = b.load("request", 1024)
         assert_same(snapshot, tensors(1))
         assert (snapshot.source, snapshot.metadata) == ("disk", [1])
+        b.shutdown()
         assert b.stats().remote.published == 0, "it is not sent back"
 
     def test_nothing_is_kept_beyond_the_quota(self, nodes):
@@ -238,6 +264,7 @@ class TestLives:
         assert not late.published and a.has("request", 4), "here it is as ever"
         assert c.latest("request", remote=True) == 3 and not c.has("request", 1, remote=True)
         assert not b.has("request", 1, remote=True)
+        assert not a.has("request", 3, remote=True), "what it has is of another life"
 
     def test_a_cleanup_ends_the_life_everywhere(self, nodes, eventually):
         a, b = nodes("a"), nodes("b")
@@ -344,7 +371,10 @@ class TestLateArrivals:
             b.cleanup_request("request")
         thread.join(5)
         assert len(caught) == 1 and b.boundaries("request") == ()
-        assert b.shutdown().clean and b.stats().accepted == 0
+        assert b.save("request", 2, tensors(2)).wait_published(5), (
+            "it is not bound to the life that it has ended"
+        )
+        assert b.shutdown().clean and b.stats().accepted == 1
 
     def test_a_save_that_comes_while_it_is_on_its_way_wins_here(self, nodes, monkeypatch):
         a, b = nodes("a"), nodes("b")
@@ -467,6 +497,7 @@ class TestTrouble:
             with pytest.raises(SnapshotCorruptError, match="in the remote store"):
                 b.load("request", 1)
         assert b.boundaries("request") == ()
+        store.close()
 
     def test_an_object_of_another_snapshot_is_corrupt(self, nodes):
         a, b = nodes("a"), nodes("b")
@@ -477,6 +508,7 @@ class TestTrouble:
         raw = bytes(store.get_range(two, 0, 10**6))
         store.delete([one])
         obstore.put(store.client, one, raw)
+        store.close()
         wrong = 1 if one.rpartition("/")[2].startswith("1.") else 2
         with pytest.raises(SnapshotCorruptError, match="in the remote store"):
             b.load("request", wrong)
@@ -495,8 +527,8 @@ class TestTrouble:
         assert "remote_guarantee_lost" in caplog.text and a.health().status == "ok"
         nodes.close()
 
-    def test_a_store_that_is_dropped_ends_its_threads(self, nodes, tmp_path, eventually):
-        held = [SnapshotStore(tmp_path / "x", StoreOptions(remote=nodes.url))]
+    def test_a_store_that_is_dropped_ends_its_threads(self, tmp_path, eventually):
+        held = [SnapshotStore(tmp_path / "x", StoreOptions(remote=new_memory_url()))]
         with pytest.warns(ResourceWarning, match="dropped"):
             _drop(held)
         eventually(lambda: not [each for each in threading.enumerate() if "remote" in each.name])

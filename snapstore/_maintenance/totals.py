@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from snapstore._maintenance.root import Root
-from snapstore._maintenance.survey import Loose, Session, sessions, surroundings
+from snapstore._maintenance.survey import Loose, Session, Surroundings, sessions, surroundings
 
 AGES_S = (60, 600, 3600, 6 * 3600, 86400, 7 * 86400)
 """Bounds between the bars of the ages; the last bar is open."""
@@ -48,7 +49,7 @@ class Totals:
     newest_s: int | None
     ages: tuple[Bar, ...]
     sizes: tuple[Bar, ...]
-    free_bytes: int
+    free_bytes: int | None
 
     @property
     def disk_bytes(self) -> int:
@@ -59,10 +60,14 @@ class Totals:
 
 def totals(root: Root) -> Totals:
     """Count. Blocks for the disk."""
+    return count(sessions(root), surroundings(root), root.files.free_bytes(root.fd))
+
+
+def count(found: Iterable[Session], around: Surroundings, free_bytes: int | None) -> Totals:
+    """What these sessions and their surroundings come to."""
     counter = _Counter(time.time())
-    for session in sessions(root):
+    for session in found:
         counter.add(session)
-    around = surroundings(root)
     return Totals(
         alive=counter.owners["alive"],
         dead=counter.owners["dead"],
@@ -78,7 +83,7 @@ def totals(root: Root) -> Totals:
         newest_s=min(counter.ages_s, default=None),
         ages=_age_bars(counter.ages_s),
         sizes=_size_bars(counter.sizes),
-        free_bytes=root.files.free_bytes(root.fd),
+        free_bytes=free_bytes,
     )
 
 

@@ -18,6 +18,7 @@ from snapstore._maintenance.units import format_rate, format_size, plural, print
 from snapstore._maintenance.verify import VerifyReport, verify_file, verify_root
 from snapstore.cli._options import chosen_root, json_option, root_options
 from snapstore.cli._output import Cell, Column, emit_json, finding_json, line_width, progress, say, table
+from snapstore.cli._remote import is_url, surveyed
 
 if TYPE_CHECKING:
     from snapstore._maintenance.doctor import Checkup
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 def verify(
     root: str | None, default_root: str | None, quarantine: bool, include_live: bool, as_json: bool
 ) -> int:
-    """Read every snapshot of a ROOT, or one FILE, and compare it with its checksums.
+    """Read every snapshot of a ROOT or a URL, or one FILE, and compare it with its checksums.
 
     Lists what is corrupt or should not be there, and what is half written or in trash. Exit status 1 if anything is
     wrong.
@@ -41,7 +42,9 @@ def verify(
     if include_live and not quarantine:
         raise click.UsageError("--include-live goes with --quarantine")
     path, files, started_s = chosen_root(root, default_root), FileSystem(), time.monotonic()
-    if _is_root(files, path):
+    if is_url(path):
+        report = _verify_url(path, quarantine)
+    elif _is_root(files, path):
         report = _verify_root(files, path, quarantine, include_live)
     elif quarantine:
         raise click.UsageError("--quarantine needs a root: a single file has no place to be moved to")
@@ -68,6 +71,17 @@ def _verify_root(files: FileSystem, path: str, quarantine: bool, include_live: b
         nbytes = sum(each.nbytes for session in sessions(root) for each in session.snapshots)
         with progress("verifying", nbytes) as on_read:
             return verify_root(root, on_read=on_read, quarantine=quarantine, include_live=include_live)
+
+
+def _verify_url(url: str, quarantine: bool) -> VerifyReport:
+    if quarantine:
+        raise click.UsageError("--quarantine needs a root: what is corrupt in a remote store is for prune")
+    with surveyed(url) as (store, survey):
+        from snapstore.remote._upkeep import verify as verify_prefix
+
+        nbytes = sum(each.nbytes for session in survey.sessions for each in session.snapshots)
+        with progress("verifying", nbytes) as on_read:
+            return verify_prefix(store, survey, on_read)
 
 
 def _show_json(path: str, report: VerifyReport, took_s: float) -> None:

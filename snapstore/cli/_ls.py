@@ -27,6 +27,7 @@ from snapstore._maintenance.survey import Owner, Session, sessions, surroundings
 from snapstore._maintenance.units import UnitError, format_duration, format_size, plural, printable
 from snapstore.cli._options import chosen_root, json_option, root_options
 from snapstore.cli._output import OWNER_STYLE, Cell, Column, emit_json, note, say, table
+from snapstore.cli._remote import is_url, surveyed
 
 
 class _Filtering(click.Command):
@@ -68,21 +69,28 @@ def ls(
     limit: int | None,
     as_json: bool,
 ) -> int:
-    """List the sessions below a root, or their requests or snapshots.
+    """List the sessions below a root, or their requests or snapshots; of a URL, the lives.
 
     A session is one life of a store. Its owner is alive, or dead (its lock is free), or unknown (on another machine,
     or without a record).
     """
     view = _VIEWS[level or "sessions"]
     conditions = _conditions(view.kind, filters, sort)
-    with opened_root(FileSystem(), chosen_root(root, default_root)) as opened:
-        counted = _Counted(sessions(opened, request_ids=level is not None))
-        rows = arrange(view.rows_of(counted, time.time()), conditions, sort)
-        odd = counted.findings + len(surroundings(opened).findings)
+    path = chosen_root(root, default_root)
+    if is_url(path):
+        with surveyed(path) as (_, survey):
+            rows = arrange(view.rows_of(survey.sessions, time.time()), conditions, sort)
+            odd = len(survey.findings)
+    else:
+        with opened_root(FileSystem(), path) as opened:
+            path = opened.path
+            counted = _Counted(sessions(opened, request_ids=level is not None))
+            rows = arrange(view.rows_of(counted, time.time()), conditions, sort)
+            odd = counted.findings + len(surroundings(opened).findings)
     shown = rows if limit is None else rows[:limit]
     if as_json:
         emit_json(
-            "ls", root=opened.path, rows_are=level or "sessions", total=len(rows), findings=odd,
+            "ls", root=path, rows_are=level or "sessions", total=len(rows), findings=odd,
             rows=[_as_json(row) for row in shown],
         )  # fmt: skip
     else:

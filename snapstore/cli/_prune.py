@@ -32,6 +32,7 @@ from snapstore.cli._output import (
     say,
     table,
 )
+from snapstore.cli._remote import is_url, surveyed
 
 _EXAMPLES = """\b
 Examples:
@@ -74,17 +75,39 @@ def prune(
     rules = Rules(**rules_given)
     path = chosen_root(root, default_root)
     _check_usage(rules, asks=not (dry_run or yes), as_json=as_json)
-    with opened_root(FileSystem(), path, to_change=True) as opened:
-        plan = _plan(opened, rules)
+    with _opened(path, rules) as (path, plan, carry_out_plan):
         if dry_run:
-            return _show_dry_run(opened, plan, as_json)
+            return _show_dry_run(path, plan, as_json)
         if not as_json and on_terminal():
             _show_plan(plan)
         if not (yes or plan.empty or _confirmed(plan)):
             say("Nothing was removed.")
             return 0
-        report = _carry_out(opened, plan)
-    return _show_report(opened, plan, report, as_json)
+        with _stopping_gently() as go_on, progress("pruning", plan.freed_bytes) as freed:
+            report = carry_out_plan(freed, go_on)
+    return _show_report(path, plan, report, as_json)
+
+
+_CarryOut = Callable[[Callable[[int], None], Callable[[], bool]], PruneReport]
+
+
+@contextmanager
+def _opened(path: str, rules: Rules) -> Iterator[tuple[str, Plan, _CarryOut]]:
+    """The plan for a root or a URL, and how to carry it out."""
+    if is_url(path):
+        with surveyed(path) as (store, survey):
+            from snapstore.remote._upkeep import Pruning
+
+            if rules.by == "atime":
+                raise click.UsageError(
+                    "--by atime is for a root: a remote store does not tell when it was read"
+                )
+            plan = make_plan(survey.sessions, survey.surroundings, rules, time.time())
+            yield path, plan, lambda freed, go_on: Pruning(store, freed, go_on).carry_out(plan)
+    else:
+        with opened_root(FileSystem(), path, to_change=True) as opened:
+            plan = _plan(opened, rules)
+            yield opened.path, plan, lambda freed, go_on: carry_out(opened, plan, progress=freed, go_on=go_on)
 
 
 def _check_usage(rules: Rules, *, asks: bool, as_json: bool) -> None:
@@ -111,11 +134,6 @@ def _confirmed(plan: Plan) -> bool:
     except click.Abort:
         note("")  # the answer's line ends here
         raise
-
-
-def _carry_out(root: Root, plan: Plan) -> PruneReport:
-    with _stopping_gently() as go_on, progress("pruning", plan.freed_bytes) as freed:
-        return carry_out(root, plan, progress=freed, go_on=go_on)
 
 
 @contextmanager
@@ -161,9 +179,9 @@ def _plan_cells(part: SessionPlan) -> tuple[Any, ...]:
     )
 
 
-def _show_dry_run(root: Root, plan: Plan, as_json: bool) -> int:
+def _show_dry_run(path: str, plan: Plan, as_json: bool) -> int:
     if as_json:
-        emit_json("prune", root=root.path, dry_run=True, **_plan_json(plan))
+        emit_json("prune", root=path, dry_run=True, **_plan_json(plan))
         return _status(plan)
     items = [*_removals(plan), *plan.unfinished]
     rows = [(printable(each.path), format_size(each.freed_bytes), _age(each.mtime_ns)) for each in items]
@@ -187,11 +205,11 @@ def _age(mtime_ns: int) -> str:
     return format_duration(int(time.time() - mtime_ns / 1e9))
 
 
-def _show_report(root: Root, plan: Plan, report: PruneReport, as_json: bool) -> int:
+def _show_report(path: str, plan: Plan, report: PruneReport, as_json: bool) -> int:
     status = 130 if report.interrupted else 1 if report.errors else _status(plan)
     if as_json:
         findings = [finding_json(each) for each in plan.findings]
-        emit_json("prune", root=root.path, dry_run=False, **asdict(report), findings=findings)
+        emit_json("prune", root=path, dry_run=False, **asdict(report), findings=findings)
         return status
     _show_notes(plan)
     for error in report.errors:

@@ -11,10 +11,11 @@ import click
 
 from snapstore._files import FileSystem
 from snapstore._maintenance.root import Root, opened_root
-from snapstore._maintenance.totals import Amount, Bar, Totals, totals
+from snapstore._maintenance.totals import Amount, Bar, Totals, count, totals
 from snapstore._maintenance.units import format_duration, format_size, plural, printable
 from snapstore.cli._options import DURATION, chosen_root, json_option, root_options
 from snapstore.cli._output import bar, emit_json, on_terminal, say
+from snapstore.cli._remote import is_url, surveyed
 
 
 @click.command(short_help="Count what is below a root.")
@@ -26,14 +27,21 @@ def stats(root: str | None, default_root: str | None, watch: bool, interval: int
     """Count what is below a root: owners, requests, snapshots, bytes, ages, sizes."""
     if watch and (as_json or not on_terminal()):
         raise click.UsageError("--watch draws on a terminal; for programs, call stats --json again and again")
-    with opened_root(FileSystem(), chosen_root(root, default_root)) as opened:
+    path = chosen_root(root, default_root)
+    if is_url(path):
         if watch:
-            _watch(opened, max(interval, 1))
-        counted = totals(opened)
-    if as_json:
-        emit_json("stats", root=opened.path, disk_bytes=counted.disk_bytes, **asdict(counted))
+            raise click.UsageError("--watch is for a root; a URL would be listed again and again")
+        with surveyed(path) as (_, survey):
+            counted = count(survey.sessions, survey.surroundings, None)
     else:
-        say("\n".join(_lines(opened, counted)))
+        with opened_root(FileSystem(), path) as opened:
+            if watch:
+                _watch(opened, max(interval, 1))
+            path, counted = opened.path, totals(opened)
+    if as_json:
+        emit_json("stats", root=path, disk_bytes=counted.disk_bytes, **asdict(counted))
+    else:
+        say("\n".join(_lines(path, counted)))
     return 0
 
 
@@ -47,12 +55,12 @@ def _watch(root: Root, interval_s: int) -> None:
         console=Console(file=sys.stdout), screen=True, auto_refresh=False, redirect_stdout=False
     ) as live:
         while True:
-            live.update(Text("\n".join(_lines(root, totals(root)))), refresh=True)
+            live.update(Text("\n".join(_lines(root.path, totals(root)))), refresh=True)
             time.sleep(interval_s)
 
 
-def _lines(root: Root, counted: Totals) -> Iterator[str]:
-    yield printable(root.path)
+def _lines(path: str, counted: Totals) -> Iterator[str]:
+    yield printable(path)
     yield f"  sessions      {counted.alive} alive, {counted.dead} dead, {counted.unknown} unknown"
     yield f"  requests      {counted.requests:,}"
     yield f"  snapshots     {_amount(counted.snapshots)}"
@@ -64,7 +72,8 @@ def _lines(root: Root, counted: Totals) -> Iterator[str]:
     ):
         if amount.count:
             yield f"  {name:<14}{_amount(amount)}"
-    yield f"  on disk       {format_size(counted.disk_bytes)}, {format_size(counted.free_bytes)} free"
+    free = "" if counted.free_bytes is None else f", {format_size(counted.free_bytes)} free"
+    yield f"  on disk       {format_size(counted.disk_bytes)}{free}"
     if counted.oldest_s is not None and counted.newest_s is not None:
         yield f"  ages          {format_duration(counted.newest_s)} to {format_duration(counted.oldest_s)}"
     if counted.findings:

@@ -85,15 +85,25 @@ class ObjectStore:
     """One prefix of an object store. Safe from any thread.
 
     Attributes:
-        client: of obstore.
         lost: guarantees that it can not give, in words; known after ``probe``.
     """
 
     def __init__(self, url: str, options: Mapping[str, Any], timeout_s: float) -> None:
         self.url = url
-        self.client = connect(url, options, timeout_s)
+        self._client: Any = connect(url, options, timeout_s)
         self._creates = self._swaps = True
         self.lost: tuple[str, ...] = ()
+
+    @property
+    def client(self) -> Any:
+        """Of obstore. ``RemoteFailure`` once it is closed."""
+        if self._client is None:
+            raise RemoteFailure("the store is shut down")
+        return self._client
+
+    def close(self) -> None:
+        """Let its connections go. Never blocks."""
+        self._client = None
 
     @property
     def swaps(self) -> bool:
@@ -105,6 +115,10 @@ class ObjectStore:
     def probe(self) -> None:
         """See that it answers, leave the marker, and find out which conditions of a put it keeps."""
         self.check_marker(may_be_missing=True)
+        self.learn_conditions()
+
+    def learn_conditions(self) -> None:
+        """Try each condition on an object of its own; see ``lost``."""
         name = _names.probe_name()
         with _failing():
             first = obstore.put(self.client, name, b"1", mode="create")
@@ -211,6 +225,15 @@ class ObjectStore:
                 if obstore.head(self.client, name)["size"] > start:
                     raise
             return memoryview(b"")
+
+    def look_at(self, name: str) -> Listed | None:
+        """One object; ``None``: it is not there."""
+        with _failing():
+            try:
+                meta = obstore.head(self.client, name)
+            except FileNotFoundError:
+                return None
+        return Listed(name, meta["size"], meta["last_modified"].timestamp())
 
     def get_stream(self, name: str, chunk_bytes: int) -> Iterator[memoryview]:
         """The bytes of an object, in order. ``FileNotFoundError``."""

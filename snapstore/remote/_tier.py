@@ -161,6 +161,7 @@ class RemoteTier:
         self.let_go()
         self._thread.join(max(0.0, deadline_s - time.monotonic()))
         self._pool.join(deadline_s)
+        self._objects.close()
         return unpublished
 
     # -- the tier's own thread ----------------------------------------------------------------------------------
