@@ -7,6 +7,7 @@ Numbers of invariants are those of the header of ``_state``.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import threading
 from collections import Counter, deque
@@ -205,7 +206,7 @@ class Hands:
     def finds_nothing(self, request_id: str = "a", tokens: int = 1) -> bool:
         assert not self.state.has(SnapshotKey(request_id, tokens))
         assert tokens not in self.state.boundaries(request_id)
-        with pytest.raises(SnapshotNotFoundError) as caught:
+        with pytest.raises(SnapshotNotFoundError, match="never saved here, or cleaned up") as caught:
             self.find(request_id, tokens)
         return caught.value.key == SnapshotKey(request_id, tokens)
 
@@ -290,6 +291,7 @@ def test_abandon_fails_a_save_with_its_cause(hands: Hands) -> None:
 
 def test_claim_takes_the_oldest_save_and_its_life_in_one_step(hands: Hands) -> None:
     first, second = hands.queue("a"), hands.queue("b")
+    assert hands.state.job_in_hand() is None
     assert hands.claim() is first
     assert first.ticket.state is SaveState.WRITING and first.life.busy
     assert second.ticket.state is SaveState.QUEUED and not second.life.busy
@@ -303,7 +305,8 @@ def test_begin_cleanup_cancels_what_is_queued(hands: Hands) -> None:
     cleanup = hands.clean("a")
     assert hands.is_settled(job, SaveState.CANCELLED)
     assert (cleanup.cancelled, cleanup.removed, cleanup.lives) == (1, 0, [])
-    assert isinstance(job.ticket.exception(0), SaveCancelledError)
+    with pytest.raises(SaveCancelledError, match=r"cancelled: its request was cleaned up$"):
+        job.ticket.result(0)
     assert (hands.now.cancelled, hands.now.cancelled_bytes, hands.now.pending) == (1, 10, 0)
 
 
@@ -311,7 +314,7 @@ def test_a_later_save_of_a_key_cancels_the_queued_one(hands: Hands) -> None:
     earlier = hands.queue()
     later = hands.queue()
     assert hands.is_settled(earlier, SaveState.CANCELLED)
-    with pytest.raises(SaveCancelledError, match="a later save of the same key replaced it"):
+    with pytest.raises(SaveCancelledError, match=r"cancelled: a later save of the same key replaced it$"):
         earlier.ticket.result(0)
     assert hands.find() is later and hands.claim() is later
 
@@ -323,7 +326,7 @@ def test_abandon_rest_cancels_what_is_queued_now_and_what_is_staged_when_it_come
     assert hands.state.abandon_rest() == (writing.key, queued.key, staged.key)
     assert hands.is_settled(queued, SaveState.CANCELLED)
     assert (hands.now.cancelled, hands.now.pending, hands.now.live_requests) == (1, 2, 2)
-    with pytest.raises(SaveCancelledError, match="shut down before its turn"):
+    with pytest.raises(SaveCancelledError, match=r"cancelled: the store was shut down before its turn came$"):
         queued.ticket.result(0)
     assert staged.ticket.state is SaveState.STAGING and writing.ticket.state is SaveState.WRITING
     assert not hands.admit(staged)
@@ -642,7 +645,7 @@ def test_2_a_detach_waits_until_the_writer_lets_go_of_the_life(hands: Hands, scr
     hands.write("a", 1)
     job = hands.start("a", 2)
     script.meanwhile(lambda: hands.commit(job))
-    held = hands.state.hold_commit(SnapshotKey("a", 1), script.now_s + 5)
+    held = hands.state.hold_commit(SnapshotKey("a", 1), script.now_s + 0.5)
     assert held is not None and held[0] is job.life and script.waits == 1
 
 
@@ -918,6 +921,7 @@ def test_6_a_turn_is_a_reserve_for_those_who_must_not_block(script: Script) -> N
     entered = hands.state.enter(turn)
     assert (hands.now.accepted, hands.now.pending) == (2, 1)
     assert entered is not None and entered.ticket.state is SaveState.STAGING and entered.life is turn.life
+    assert entered.content is CONTENT
     hands.state.leave(turn)
     assert hands.admit(entered) and hands.find("b") is entered
     assert (hands.now.accepted, hands.now.rejected, script.waits) == (2, 0, 0)
@@ -956,8 +960,9 @@ def test_6_a_cleanup_or_a_close_ends_a_turn(script: Script, which: tuple[str, ..
     hands.start("a")
     first = hands.state.queue_up(SnapshotKey("b", 1), 10, CONTENT)
     hands.clean(*which)
-    with pytest.raises(SaveCancelledError):
+    with pytest.raises(SaveCancelledError) as caught:
         hands.state.enter(first)
+    assert caught.value.key == first.key
     hands.state.leave(first)
     second = hands.state.queue_up(SnapshotKey("b", 1), 10, CONTENT)
     assert second.life.generation > first.life.generation
@@ -967,6 +972,18 @@ def test_6_a_cleanup_or_a_close_ends_a_turn(script: Script, which: tuple[str, ..
     hands.state.leave(second)
     with pytest.raises(StoreClosedError):
         hands.state.queue_up(SnapshotKey("b", 1), 10, CONTENT)
+    assert hands.now.rejections == Reasons((("closed", 1, 10),))
+
+
+def test_6_two_turns_keep_their_life_until_the_last_one_leaves(script: Script) -> None:
+    hands = Hands(script.threads, max_pending_jobs=1)
+    job = hands.start("a")
+    first, second = (hands.state.queue_up(SnapshotKey("b", tokens), 10, CONTENT) for tokens in (1, 2))
+    hands.state.leave(first)
+    hands.commit(job)
+    entered = hands.state.enter(second)
+    assert entered is not None and entered.life is first.life
+    hands.state.leave(second)
 
 
 def test_6_bells_ring_outside_the_lock_after_whatever_may_end_a_wait(hands: Hands) -> None:
@@ -1029,6 +1046,11 @@ def test_6_close_ends_every_wait_for_room(script: Script) -> None:
     assert caught.value.key == SnapshotKey("b", 1) and hands.now.rejected == 1
 
 
+def says_what_to_do(error: DiskQuotaError, facts: str, number: int) -> None:
+    assert error.key == SnapshotKey("c", 1) and error.errno == number
+    assert f"{facts}; clean up requests, or change the option" in str(error)
+
+
 def test_6_the_session_limit_counts_files_trash_and_what_is_pending(script: Script) -> None:
     hands = Hands(script.threads, max_session_bytes=100)
     job = hands.start("a", nbytes=40)
@@ -1037,6 +1059,7 @@ def test_6_the_session_limit_counts_files_trash_and_what_is_pending(script: Scri
     with pytest.raises(DiskQuotaError) as caught:
         hands.reserve("c", nbytes=31)
     assert (caught.value.nbytes, caught.value.limit_bytes, caught.value.used_bytes) == (31, 100, 70)
+    says_what_to_do(caught.value, "70 bytes are used and max_session_bytes is 100", errno.EDQUOT)
     assert hands.state.claim_dirt() == [], "the sweeper is asked to look for space"
     hands.clean("a")
     hands.sweep()
@@ -1058,6 +1081,7 @@ def test_6_the_free_space_limit_counts_what_is_pending(script: Script) -> None:
     with pytest.raises(DiskQuotaError) as caught:
         hands.reserve("c", nbytes=1)
     assert (caught.value.nbytes, caught.value.limit_bytes, caught.value.used_bytes) == (1, 100, 100)
+    says_what_to_do(caught.value, "100 bytes are free and min_free_bytes is 100", errno.ENOSPC)
     assert hands.state.claim_dirt() == []
     hands.state.note_free_bytes(1151)
     assert hands.reserve("c", nbytes=1)
@@ -1135,6 +1159,16 @@ def test_7_a_save_in_hand_is_readable_again_when_its_successor_is_abandoned(hand
     assert isinstance(hands.find(), Commit)
 
 
+def test_7_a_save_in_hand_whose_successor_is_abandoned_may_still_fail(hands: Hands) -> None:
+    writing = hands.start()
+    hands.queue()
+    hands.state.close("over")
+    hands.state.abandon_rest()
+    hands.state.fail(writing, OSError("disk"))
+    with pytest.raises(SaveFailedError):
+        hands.find()
+
+
 @pytest.mark.parametrize("how", ["abandon", "fail", "writer_died", "overtaken"])
 def test_7_a_failed_resave_keeps_the_earlier_commit(hands: Hands, how: str) -> None:
     first = hands.write()
@@ -1166,6 +1200,8 @@ def test_7_a_failed_first_save_is_told_with_its_cause_until_it_is_saved_again(ha
         hands.find()
     assert caught.value.__cause__ is cause and caught.value.key == key
     assert hands.write() and isinstance(hands.find(), Commit)
+    hands.state.end_hold(hands.hold()[0])
+    assert hands.finds_nothing() and hands.now.live_requests == 0, "nothing of the failure is left"
 
 
 def test_7_a_cleanup_makes_a_failure_forgotten(hands: Hands) -> None:
@@ -1455,9 +1491,11 @@ def test_9_a_cleanup_that_times_out_says_what_the_writer_holds(hands: Hands, scr
 def test_9_what_a_detach_holds_is_not_the_writers(hands: Hands, script: Script) -> None:
     hands.write("a", 1)
     hands.hold("a", 1)
-    script.foresee_timeouts(1)
-    assert hands.state.await_swept(hands.clean("a").lives, 0.5) == 0
-    assert hands.now.cleanup_timeouts == 1
+    script.foresee_timeouts(2)
+    lives = hands.clean("a").lives
+    for timeouts in (1, 2):
+        assert hands.state.await_swept(lives, 0.5) == 0
+        assert hands.now.cleanup_timeouts == timeouts
 
 
 def test_9_a_cleanup_that_does_not_wait_counts_no_timeout(hands: Hands, script: Script) -> None:
@@ -1568,6 +1606,7 @@ def test_9_a_sweeper_that_died_for_good_lets_nobody_wait(hands: Hands, script: S
     script.meanwhile(lambda: hands.state.sweeper_died(KeyError("bug"), for_good=True))
     assert hands.state.await_swept(lives, 2.0) == 0
     assert script.now_s == started_s and not life.swept and life.sweep_error is not None
+    assert life.sweep_error.args == (errno.EIO, "the sweeper thread is gone")
     assert hands.state.take_dirt() == [] and not hands.state.removals_work()
 
 
@@ -1814,6 +1853,8 @@ def test_a_writer_that_died_once_is_started_again(hands: Hands) -> None:
         hands.now.last_error or ""
     )
     assert hands.claim() is other and hands.commit(other)
+    hands.state.writer_died(bug, for_good=False)
+    assert hands.now.writer_restarts == 2
 
 
 def test_a_writer_that_died_between_two_saves_fails_none(hands: Hands) -> None:
@@ -1858,3 +1899,8 @@ def test_3_adopted_snapshots_are_read_and_cleaned_like_any_other(hands: Hands) -
     assert (cleanup.removed, cleanup.removed_bytes) == (2, 20)
     assert hands.sweep() == [7] and hands.now.trash_bytes == 200
     assert hands.reserve("a").ticket.generation > other.ticket.generation
+
+
+def test_9_adopted_snapshots_are_swept_though_nothing_was_saved_beside_them(hands: Hands) -> None:
+    hands.state.adopt(SnapshotInfo(SnapshotKey("a", 1), 7, Path("session/a.g7/1"), 10), disk_bytes=100)
+    assert len(hands.clean("a").lives) == 1 and hands.sweep() == [7]
