@@ -86,6 +86,17 @@ class Lane:
         return bool(self.waiting or self.flying or self.landings)
 
 
+class Unfit(NamedTuple):
+    """Why a device takes no more copies, at the moment of the look: it may be well again by now.
+
+    ``ok``: the device is, and the store is at its end.
+    """
+
+    device: Device
+    status: DeviceStatus
+    error: BaseException | None
+
+
 @dataclass(slots=True)
 class Verdict:
     """What is to be done after the lock: parts to let go, submissions at rest, ends that the caller has taken."""

@@ -30,7 +30,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from snapstore._device import Device
-from snapstore._device_records import DeviceFacts, Landing, Lane, Part, Submission, Verdict
+from snapstore._device_records import DeviceFacts, Landing, Lane, Part, Submission, Unfit, Verdict
 from snapstore._threads import Thread, Threads
 from snapstore._types import DeviceHealth
 
@@ -63,13 +63,13 @@ class Flights:
                 self._publish_locked()
             return lane
 
-    def unfit(self, devices: Iterable[Device]) -> Lane | None:
-        """The lane of the first of these devices that takes no more copies."""
+    def unfit(self, devices: Iterable[Device]) -> Unfit | None:
+        """The first of these devices that takes no more copies, and why."""
         with self._lock:
             return self._unfit_locked(devices)
 
-    def submit(self, submission: Submission) -> Lane | None:
-        """Hand over; counted from here. Nothing is, if a device takes no more copies: then the answer is its lane."""
+    def submit(self, submission: Submission) -> Unfit | None:
+        """Hand over; counted from here. Nothing is, if a device takes no more copies: then the answer says why."""
         with self._lock:
             unfit = self._unfit_locked(part.device for part in submission.parts)
             if unfit is not None:
@@ -258,11 +258,11 @@ class Flights:
 
     # -- under the lock -----------------------------------------------------------------------------------------
 
-    def _unfit_locked(self, devices: Iterable[Device]) -> Lane | None:
+    def _unfit_locked(self, devices: Iterable[Device]) -> Unfit | None:
         for device in devices:
             lane = self._lanes.get(device)
             if lane is not None and (self._closing or lane.status != "ok"):
-                return lane
+                return Unfit(device, lane.status, lane.error)
         return None
 
     def _note_work_locked(self, lane: Lane) -> None:

@@ -168,8 +168,15 @@ class PinnedPool:
             self._run_locked("snapstore-unpinner", self._unpin_all)
 
     def _run_locked(self, name: str, target: Callable[[], None]) -> None:
-        self._thread = self._threads.thread(name, target)
-        self._thread.start()
+        thread = self._threads.thread(name, target)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the interpreter ends, or the process has as many threads as it may
+            self.refused = f"{name} did not start: {error}"
+            extra = {"event": "no_pinner", "reason": "device"}
+            _log.warning("no_pinner: %s; host memory stays as it is", self.refused, extra=extra)
+        else:
+            self._thread = thread
 
     # -- the pinner's thread ------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from snapstore._device import Channel, Device, DeviceLostError
-from snapstore._device_records import DeviceFacts, Landing, Lane, Submission, Verdict
+from snapstore._device_records import DeviceFacts, Landing, Lane, Submission, Unfit, Verdict
 from snapstore._errors import SaveFailedError, SnapstoreError, StoreClosedError
 from snapstore._flights import Flights
 from snapstore._format import Layout
@@ -304,13 +304,15 @@ def _image(submission: Submission) -> HostImage:
     return HostImage(layout, partial(segments_of, layout, buffer.view), buffer.give_back, keeps=buffer)
 
 
-def _how(lane: Lane) -> str:
-    return f"{lane.device.name} is {lane.status}: {lane.error}"
+def _how(unfit: Unfit) -> str:
+    if unfit.status == "ok":
+        return f"the store is shut down, and {unfit.device.name} copies no more for it"
+    return f"{unfit.device.name} is {unfit.status}: {unfit.error}"
 
 
-def _refusal(key: SnapshotKey, lane: Lane) -> SnapstoreError:
-    if lane.status == "ok":
+def _refusal(key: SnapshotKey, unfit: Unfit) -> SnapstoreError:
+    if unfit.status == "ok":
         return StoreClosedError(f"{key} was not saved: the store is shut down; open a new store", key=key)
-    refusal = SaveFailedError(f"{key} was not saved: {_how(lane)}; save it from the host", key=key)
-    refusal.__cause__ = lane.error
+    refusal = SaveFailedError(f"{key} was not saved: {_how(unfit)}; save it from the host", key=key)
+    refusal.__cause__ = unfit.error
     return refusal

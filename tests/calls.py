@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from snapstore import (
     CleanupReport,
+    DiskQuotaError,
     SaveCancelledError,
     SaveFailedError,
     SaveState,
@@ -28,7 +30,7 @@ from snapstore import (
     StoreFullError,
 )
 from snapstore._paths import parse_generation_name, parse_snapshot_name
-from snapstore.testing import World
+from snapstore.testing import FakeDevice, World
 
 ROOT = "/root"
 OUTSIDE = "/outside"
@@ -81,12 +83,22 @@ EXPECTED = (
 
 @dataclass
 class Calls:
-    """One store, and all that was asked of it."""
+    """One store, and all that was asked of it.
+
+    ``fails``: its device may be slow, or its disk broken, so that saves may fail. ``litters``: its disk may be broken.
+    """
 
     world: World
     store: SnapshotStore
+    fails: bool = False
+    litters: bool = False
+    device: FakeDevice = field(default_factory=FakeDevice)
     calls: list[Call] = field(default_factory=list)
-    faulty: bool = False
+    cleaned: set[int] = field(default_factory=set)
+    """Generations of which a cleanup said that no file is left."""
+
+    def __post_init__(self) -> None:
+        self.world.checks.append(self._check_cleaned)
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -94,6 +106,14 @@ class Calls:
         call = self._begin("save", request_id, token_count)
         call.content = len(self.calls)
         self._end(call, lambda: self.store.save(request_id, token_count, tensors(call.content)))
+
+    def save_from_device(self, request_id: str, token_count: int) -> None:
+        """And have the device overwrite the tensor, in the order of its stream."""
+        call = self._begin("save", request_id, token_count)
+        call.content = len(self.calls)
+        tensor = self.device.tensor(tensors(call.content)["x"])
+        self._end(call, lambda: self.store.save(request_id, token_count, {"x": tensor}))
+        self.device.overwrite(tensor, 0)
 
     def load(self, request_id: str, token_count: int) -> None:
         call = self._begin("load", request_id, token_count)
@@ -151,13 +171,20 @@ class Calls:
     def _check_clean(self, call: Call) -> None:
         """After ``clean=True`` no file of what it ended exists."""
         if isinstance(call.outcome, CleanupReport) and call.outcome.clean:
-            ended = {
+            self.cleaned |= {
                 save.ticket.generation
                 for save in self.of("save")
                 if save.before(call) and save.ticket is not None and call.concerns(save)
             }
-            there = {generation for generation, _ in self.files()}
-            assert not ended & there, f"{call} left files of generations {ended & there}"
+            self._check_cleaned("rename")
+
+    def _check_cleaned(self, operation: str) -> None:
+        """Nor will any appear, be it for a moment."""
+        if self.cleaned and operation in ("link", "make_directory", "rename"):
+            there = self.cleaned & self._generations()
+            assert not there, (
+                f"after {operation} there are files of generations {there}, which were cleaned up"
+            )
 
     # -- what must hold at the end ----------------------------------------------------------------------------------
 
@@ -179,7 +206,9 @@ class Calls:
         self._check_balance()
         assert (stats.pending, stats.pending_bytes, stats.in_flight) == (0, 0, 0), stats
         assert (stats.cancelled_in_hand, stats.writer_restarts) == (0, 0), stats
-        assert self.faulty or stats.trash_bytes == 0, stats
+        assert (stats.on_devices, stats.leaked_bytes) == (0, 0), stats
+        assert not self.device.faults, self.device.faults
+        assert self.litters or stats.trash_bytes == 0, stats
 
     def _check_save(self, save: Call) -> None:
         ticket = save.ticket
@@ -190,7 +219,7 @@ class Calls:
         if ticket.state is SaveState.CANCELLED:
             assert self.may_be_cancelled(save), f"{save} was cancelled, and nobody asked for that"
         if ticket.state is SaveState.FAILED:
-            assert self.faulty, f"{save} failed: {ticket.exception(0)}"
+            assert self.fails, f"{save} failed: {ticket.exception(0)}"
 
     def _check_refusal(self, save: Call) -> None:
         error = save.outcome
@@ -198,8 +227,10 @@ class Calls:
             assert any(not save.before(end) for end in self.of("shutdown", "forget")), f"{save} was refused"
         elif isinstance(error, SaveCancelledError):
             assert self.ended_by(save), f"{save} was refused"
+        elif isinstance(error, DiskQuotaError):
+            assert self.store.options.max_session_bytes, f"{save} was refused"
         else:
-            assert isinstance(error, StoreFullError), f"{save}: {error!r}"
+            assert self.fails or isinstance(error, StoreFullError), f"{save}: {error!r}"
 
     def may_be_cancelled(self, save: Call) -> bool:
         replacing = [
@@ -237,7 +268,7 @@ class Calls:
                     )
                     assert gone, f"{load} did not find {save}"
         else:
-            assert self.faulty or isinstance(load.outcome, StoreClosedError), f"{load}"
+            assert self.fails or isinstance(load.outcome, StoreClosedError), f"{load}"
 
     def _surely_replaced(self, save: Call, at: int) -> bool:
         return any(
@@ -249,7 +280,7 @@ class Calls:
     @property
     def _replacing(self) -> set[SaveState]:
         """A save may also be replaced by one that fails later; then what was committed before is the last again."""
-        return {SaveState.COMMITTED} if self.faulty else {SaveState.COMMITTED, SaveState.CANCELLED}
+        return {SaveState.COMMITTED} if self.fails else {SaveState.COMMITTED, SaveState.CANCELLED}
 
     def _check_disk(self) -> None:
         """Every live entry has its file and loads; every file belongs to one; nothing is left in the making."""
@@ -272,8 +303,12 @@ class Calls:
                 there = (save.ticket.generation, save.token_count) in expected
                 assert there or not kept, f"{save} is committed and not there"
         assert expected <= self.files(), f"on disk {self.files()}, and live are {expected}"
-        assert self.faulty or self.files() <= expected, f"on disk {self.files()}, and live are {expected}"
-        if not self.faulty:
+        assert self.litters or self.files() <= expected, f"on disk {self.files()}, and live are {expected}"
+        for detach in self.of("detach"):
+            assert not isinstance(detach.outcome, Path) or str(detach.outcome) in self.world.files.tree(), (
+                f"{detach}"
+            )
+        if not self.litters:
             assert not self.strays(), f"left behind: {self.strays()}"
             dead = self._generations() - {generation for generation, _ in expected}
             assert not dead, f"directories of dead generations: {dead}"

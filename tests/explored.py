@@ -25,6 +25,7 @@ class Scenario:
     options: StoreOptions = OPTIONS
     before: Sequence[Step] = ()
     faults: int = 0
+    device: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -32,7 +33,8 @@ class Scenario:
     def __call__(self, world: World) -> None:
         with world.calm():
             world.files.make_directory(OUTSIDE)
-            on = Calls(world, open_store(world, self.options), faulty=self.faults > 0)
+            store = open_store(world, self.options)
+            on = Calls(world, store, fails=self.faults > 0 or self.device, litters=self.faults > 0)
             for step in self.before:
                 step(on)
         world.fault_numbers, world.faults = (errno.EIO, errno.ENOSPC), self.faults
@@ -40,12 +42,22 @@ class Scenario:
             world.go(f"client {number}", lambda steps=steps: [step(on) for step in steps])
             for number, steps in enumerate(self.clients)
         ]
+        if self.device:
+            clients.append(world.go("device", lambda: run_device(on)))
         for client in clients:
             client.result()
         world.faults = 0
         with world.calm():
             end(on)
         assert world.files.open_descriptors == 0, f"{world.files.open_descriptors} descriptors are open"
+
+
+def run_device(on: Calls) -> None:
+    """One operation after the other, at any time; in the end all at once."""
+    for _ in range(12):
+        on.world.switch("device")
+        on.device.complete(1)
+    on.device.automatic = True
 
 
 def open_store(world: World, options: StoreOptions = OPTIONS) -> SnapshotStore:
@@ -57,7 +69,8 @@ def end(on: Calls) -> None:
     on.world.settle()
     report = on.report
     if report is None:
-        assert on.store.flush()
+        assert on.store.flush() and on.store.drain(60.0)
+        on.world.settle()
         on.check()
         use_again(on)
         on.shutdown(cleanup=True)
@@ -70,12 +83,12 @@ def end(on: Calls) -> None:
 
 
 def use_again(on: Calls) -> None:
+    assert on.store.cleanup_all().clean, "the files of what was forgotten are still there"
     on.save("again", 1)
-    assert on.store.flush()
-    assert on.store.has("again", 1)
-    assert on.store.cleanup_all().clean
+    assert on.store.flush() and on.store.has("again", 1), f"{on.calls[-1]} does not work any more"
+    assert on.store.cleanup_all().clean, "a second cleanup does not work any more"
     on.world.settle()
-    assert not on.files() and not on.strays()
+    assert not on.files() and not on.strays(), f"left behind: {on.files()} {on.strays()}"
 
 
 # -- the scenarios --------------------------------------------------------------------------------------------------
@@ -83,6 +96,10 @@ def use_again(on: Calls) -> None:
 
 def save(request_id: str = "a", token_count: int = 1) -> Step:
     return lambda on: on.save(request_id, token_count)
+
+
+def save_from_device(request_id: str = "a", token_count: int = 1) -> Step:
+    return lambda on: on.save_from_device(request_id, token_count)
 
 
 def load(request_id: str = "a", token_count: int = 1) -> Step:
@@ -105,23 +122,37 @@ def shutdown(cleanup: bool = False) -> Step:
     return lambda on: on.shutdown(cleanup=cleanup)
 
 
+def drain(request_id: str = "a") -> Step:
+    return lambda on: on.drain(request_id)
+
+
 def flush(on: Calls) -> None:
     on.flush()
 
 
 NARROW = replace(OPTIONS, max_pending_jobs=1, save_timeout_s=1.0)
+REJECTING = replace(OPTIONS, max_pending_bytes=8, on_full="reject")
+TIGHT = replace(OPTIONS, max_session_bytes=9000)
 FULL = replace(OPTIONS, durability="full")
+PINNED = replace(OPTIONS, max_pinned_bytes=16384, device_timeout_s=5.0)
+
+ONE_KEY = Scenario("two savers of one key", [[save(), save(), load()], [save(), load()]])
+ONE_ID = Scenario(
+    "a request id again and again",
+    [[save(), cleanup("a", 0), save(), cleanup(), save()], [load(), load()]],
+)
+DURABLE = Scenario(
+    "one file over another, durably", [[save(), save(), load()], [cleanup(), save()]], FULL, [save(), flush]
+)
+SMALL = [ONE_KEY, ONE_ID, DURABLE]
+"""With few enough switching points to walk all schedules with two deviations."""
 
 SCENARIOS = [
-    Scenario("two savers of one key", [[save(), save(), load()], [save(), load()]]),
+    *SMALL,
     Scenario("a cleanup beside the writer", [[save(), save("a", 2)], [cleanup(), save()], [save("b")]]),
     Scenario(
         "cleanups of everything",
         [[cleanup_all(), save()], [cleanup("a", 0), cleanup_all()], [save(), save("b")]],
-    ),
-    Scenario(
-        "a request id again and again",
-        [[save(), cleanup("a", 0), save(), cleanup(), save()], [load(), load()]],
     ),
     Scenario(
         "detach beside a cleanup", [[save(), detach(), save()], [cleanup(), save("a", 2)], [detach("a", 2)]]
@@ -130,17 +161,15 @@ SCENARIOS = [
     Scenario(
         "no room", [[save(), save(), load()], [save(), save("b")], [save("c"), cleanup(), load()]], NARROW
     ),
+    Scenario("no waiting for room", [[save(), save(), load()], [save("b"), cleanup(), save()]], REJECTING),
+    Scenario(
+        "a session that is full", [[save(), save("a", 2), load()], [save("b"), cleanup(), save("b")]], TIGHT
+    ),
     Scenario("the end beside savers", [[save(), save("a", 2)], [save("b"), save()], [shutdown()]]),
     Scenario(
         "an end that forgets", [[save(), save("a", 2)], [save("b"), cleanup()], [shutdown(cleanup=True)]]
     ),
     Scenario("two ends", [[save(), shutdown()], [save("b"), flush], [shutdown(cleanup=True)]]),
-    Scenario(
-        "one file over another, durably",
-        [[save(), save(), load()], [cleanup(), save()]],
-        FULL,
-        [save(), flush],
-    ),
     Scenario(
         "a disk that fails", [[save(), save("a", 2), load()], [cleanup(), save()], [save("b")]], faults=2
     ),
@@ -150,6 +179,22 @@ SCENARIOS = [
         FULL,
         [save(), flush],
         faults=2,
+    ),
+    Scenario(
+        "saves from a device",
+        [
+            [save_from_device(), save_from_device(), load()],
+            [cleanup(), save_from_device(), drain()],
+            [save()],
+        ],
+        PINNED,
+        device=True,
+    ),
+    Scenario(
+        "an end beside a device",
+        [[save_from_device(), load()], [save_from_device("b"), save()], [shutdown()]],
+        PINNED,
+        device=True,
     ),
 ]
 
@@ -256,8 +301,6 @@ def one_store_leaves_while_another_adopts(world: World) -> None:
 
 STORIES = [two_stores_that_reclaim, two_stores_that_adopt, one_store_leaves_while_another_adopts]
 EVERYTHING: list[Callable[[World], None]] = [*SCENARIOS, *STORIES]
-SMALL = [SCENARIOS[0], SCENARIOS[3], SCENARIOS[10]]
-"""With few enough switching points to walk all schedules with two deviations."""
 
 
 def name_of(scenario: Callable[[World], None]) -> str:

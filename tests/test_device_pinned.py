@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from devices import PATIENCE_S, PINNED_BYTES, arrays, assert_loads, on, open_sto
 
 from snapstore import StoreOptions
 from snapstore._pinned import CHUNK_BYTES, HostBuffer, PinnedPool, default_limit_bytes
-from snapstore._threads import Threads
+from snapstore._threads import Thread, Threads
 from snapstore.testing import FakeDevice
 
 PAGE = 4096
@@ -109,6 +110,45 @@ def test_a_chunk_that_is_refused_leaves_those_before_it(device: FakeDevice) -> N
 
 def _refuse() -> None:
     raise OSError("no more")
+
+
+class NoThread:
+    """A thread of a process that has as many as it may, or of an interpreter that ends."""
+
+    name = "none"
+
+    def start(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def join(self, timeout: float | None = None) -> None:
+        raise RuntimeError("cannot join thread before it is started")
+
+    def is_alive(self) -> bool:
+        return False
+
+
+def test_without_a_thread_for_it_nothing_is_locked_and_nothing_is_refused(device: FakeDevice) -> None:
+    pool = PinnedPool(16 * PAGE, Threads(thread=lambda name, target: NoThread()))
+    pool.start(device)
+    assert pool.await_started(10)
+    assert pool.take(1) is None and pool.refused == "snapstore-pinner did not start: can't start new thread"
+    assert pool.close(10)
+
+
+def test_without_a_thread_for_it_memory_stays_locked_at_the_end(device: FakeDevice) -> None:
+    """As at the exit of Python 3.12, which starts no thread any more: the next store has its turn all the same."""
+
+    def thread(name: str, target: Callable[[], None]) -> Thread:
+        return NoThread() if name == "snapstore-unpinner" else Threads().thread(name, target)
+
+    pool = PinnedPool(PAGE, Threads(thread=thread))
+    pool.start(device)
+    assert pool.await_started(10)
+    assert not pool.close(10) and device.pinned
+    assert pool.pinned_bytes == PAGE and pool.take(1) is None
+    again = PinnedPool(PAGE, Threads())
+    again.start(device)
+    assert again.await_started(10) and again.close(10)
 
 
 def test_buffers_never_overlap_and_the_slab_is_whole_again_at_the_end(device: FakeDevice) -> None:

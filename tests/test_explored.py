@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import trust_results
-from explored import EVERYTHING, SMALL, name_of
+from explored import EVERYTHING, SMALL, name_of, named
 from planted import BUGS, CHECKOUT, Bug
 
-from snapstore.testing import explore
+from snapstore.testing import explore, replay
 
 SCHEDULES = 3000
 """By default. `make explore` makes 100,000."""
@@ -30,6 +30,17 @@ TO_FIND_A_BUG = 4000
 @pytest.mark.parametrize("scenario", EVERYTHING, ids=name_of)
 def test_what_was_promised_holds_in_any_order(scenario: Any) -> None:
     assert explore(scenario, range(-(-SCHEDULES // len(EVERYTHING)))) > 0
+
+
+@pytest.mark.parametrize(
+    ("scenario", "schedule"),
+    [
+        # A stuck device that recovers between the look and the words for it: "the store is shut down", and it was not.
+        ("saves from a device", "seed 623"),
+    ],
+)
+def test_a_schedule_that_once_failed(scenario: str, schedule: str) -> None:
+    replay(named(scenario), schedule)
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=str)

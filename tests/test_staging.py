@@ -187,7 +187,8 @@ def test_a_loss_ends_what_the_device_had_and_drops_what_others_have_not_begun(st
     assert both.parts_left == 1, "it flew, so it is kept"
     assert hands.given_back == [mine]
     assert hands.start(1) is theirs.parts[0]
-    assert hands.flights.unfit(hands.devices) is hands.lanes[0]
+    unfit = hands.flights.unfit(hands.devices)
+    assert unfit is not None and (unfit.device, unfit.status) == (hands.devices[0], "lost")
     assert hands.flights.published.leaked_bytes == 8 + 4
 
 
@@ -197,8 +198,22 @@ def test_nothing_is_handed_over_to_a_lane_that_is_lost(state: State) -> None:
     job = job_of(state, 9)
     submission = Submission(job, layout_of([4]), HostBuffer(memoryview(bytearray(4)), lambda: None), False)
     submission.parts = [Part(submission, device, [0], [], None) for device in hands.devices]
-    assert hands.flights.submit(submission) is hands.lanes[1]
+    unfit = hands.flights.submit(submission)
+    assert unfit is not None and (unfit.device, unfit.status) == (hands.devices[1], "lost")
     assert not submission.handed_over and hands.start(0) is None
+
+
+def test_why_a_device_took_nothing_stays_what_it_was_when_the_device_recovers(state: State) -> None:
+    hands = Hands(state, timeout_s=0.0)
+    hands.submit(0)
+    hands.start(0)
+    verdict = hands.flights.await_overdue()
+    assert verdict is not None
+    hands.act(verdict)
+    unfit = hands.flights.unfit(hands.devices[:1])
+    hands.land(0)
+    assert hands.lanes[0].status == "ok"
+    assert unfit is not None and unfit.status == "stuck" and isinstance(unfit.error, TimeoutError)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -99,6 +99,7 @@ class World:
         faults: how many operations may still fail; 0 unless the scenario says otherwise.
         fault_numbers: with what.
         trace: what was done, if it is kept.
+        checks: called after each operation on the disk, with its name; whatever they raise fails the run.
     """
 
     def __init__(self, schedule: Schedule, *, trace: list[str] | None = None) -> None:
@@ -107,6 +108,7 @@ class World:
         self.faults = 0
         self.fault_numbers: Sequence[int] = ()
         self.trace = trace
+        self.checks: list[Callable[[str], object]] = []
         self.points = 0
         self.files = _Files(self)
         self.threads = Threads(
@@ -291,6 +293,13 @@ class World:
     def _fail(self, why: str) -> None:
         lines = [f"  {task.name}: {_words(task.where)}" for task in self._tasks if not task.done]
         self._failure = DeadlockError("\n".join([f"{why}:", *lines]))
+
+    def fail(self, error: BaseException) -> None:
+        """End the run here and now, whatever thread this is and whatever it would make of an error."""
+        self._failure = self._failure or error
+        if getcurrent() is not self.root:
+            self.root.switch()
+        raise GreenletExit
 
     def _note(self, task: Task[Any], what: str = "") -> None:
         if self.trace is not None:
@@ -481,13 +490,22 @@ class _Files(MemoryFileSystem):
         faults = () if operation in _SURE_OPERATIONS else self._world.fault_numbers
         self._world.wait(None, None, operation, subject, faults=faults)
 
+    def look(self, operation: str) -> None:
+        try:
+            for check in self._world.checks:
+                check(operation)
+        except AssertionError as error:
+            self._world.fail(error)
+
 
 def _switching(operation: str) -> Callable[..., Any]:
     perform = getattr(MemoryFileSystem, operation)
 
     def switching(self: _Files, *args: Any, **options: Any) -> Any:
         self.at(operation, args[0] if args else "")
-        return perform(self, *args, **options)
+        result = perform(self, *args, **options)
+        self.look(operation)
+        return result
 
     return switching
 
