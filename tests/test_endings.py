@@ -378,15 +378,16 @@ def test_what_was_forgotten_while_the_sweeper_hung_is_not_found_by_the_next_stor
 ) -> None:
     """Shutdown's time is up when the disk comes back; the bytes may stay, but nobody adopts them."""
     store = SnapshotStore(root, file_system=files)
-    for request_id in ("first", "forgotten", "kept"):
-        save(store, (request_id, 1), 1).result(10)
+    for key in (("first", 1), ("first", 2), ("forgotten", 1), ("kept", 1)):
+        save(store, key, 1).result(10)
     with files.pause("unlink", ".trash") as gate:
         assert store.cleanup_request("first").clean
         gate.wait_reached()
         assert not store.cleanup_request("forgotten", timeout_s=0).clean
         assert not store.shutdown(timeout_s=0.1).clean
     engine_of(store).join_briefly(10)
-    assert_adoptable(root, {("first", 1): {None}, ("forgotten", 1): {None}, ("kept", 1): {1}})
+    gone: set[int | None] = {None}
+    assert_adoptable(root, {("first", 1): gone, ("first", 2): gone, ("forgotten", 1): gone, ("kept", 1): {1}})
 
 
 def test_a_removal_of_the_session_that_fails_is_in_the_report(root: Path, files: FaultyFileSystem) -> None:

@@ -7,7 +7,8 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,13 @@ SHORT, LATE, LOST = "short write", "delay", "every operation from there on"
 CAN_NOT_FAIL = frozenset({"tells_mounts"})
 REMOVING = frozenset({"unlink", "remove_directory"})
 LATE_S = 0.03
+
+
+@pytest.fixture(scope="module")
+def figures() -> Iterator[Counter[str]]:
+    counted: Counter[str] = Counter()
+    yield counted
+    record("faults", "make faults", **counted)
 
 
 @dataclass(frozen=True)
@@ -205,7 +213,7 @@ def look_after(action: str, root: Path, fault: Fault) -> None:
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_fault_at_any_operation_breaks_no_promise(
-    processes: Processes, tmp_path: Path, action: str, every: bool
+    processes: Processes, tmp_path: Path, figures: Counter[str], action: str, every: bool
 ) -> None:
     """Operations in one way each, in turn; or every operation in every way."""
     template = template_for(action, processes, tmp_path / "template")
@@ -219,7 +227,7 @@ def test_a_fault_at_any_operation_breaks_no_promise(
             error.args = (f"{fault}: {error}",)
             raise
         shutil.rmtree(root)
-    record(f"faults_{action.replace(' ', '_')}", "make faults", operations=len(spots), faults=len(faults))
+    figures.update(actions=1, operations=len(spots), faults=len(faults))
 
 
 # -- disks that hang --------------------------------------------------------------------------------------------------
@@ -297,7 +305,7 @@ def look_at_a_hang(action: str, root: Path, spot: Spot, *, whole: bool = False) 
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_disk_that_hangs_holds_up_nobody_who_does_not_wait_for_it(
-    processes: Processes, tmp_path: Path, action: str, every: bool
+    processes: Processes, tmp_path: Path, figures: Counter[str], action: str, every: bool
 ) -> None:
     """In one operation, in another the whole disk; or both in every one."""
     template = template_for(action, processes, tmp_path / "template")
@@ -312,4 +320,4 @@ def test_a_disk_that_hangs_holds_up_nobody_who_does_not_wait_for_it(
             error.args = (f"hung in {spot}, the whole disk {whole}: {error}",)
             raise
         shutil.rmtree(root)
-    record(f"hangs_{action.replace(' ', '_')}", "make faults", operations=len(spots), hangs=len(chosen))
+    figures.update(hangs=len(chosen))

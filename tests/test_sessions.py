@@ -253,19 +253,25 @@ def test_what_could_not_be_removed_of_a_leftover_is_found_again(
     end(store)
 
 
-def test_a_leftover_that_somebody_puts_a_file_into_meanwhile_keeps_its_lock(
+def test_a_leftover_that_somebody_puts_a_file_into_meanwhile_keeps_its_lock_until_that_is_gone(
     processes: Processes, root: Path, files: FaultyFileSystem
 ) -> None:
-    """Without one it would be nobody's for ever: not provably dead, and never removed."""
     leave_dead_session(processes, root)
+    beside_the_lock: list[list[str]] = []
 
     def put_a_file() -> None:
         (dead,) = root.glob(".dead-*")
         (dead / "late").write_text("mine")
 
+    def look() -> None:
+        (dead,) = root.glob(".dead-*")
+        beside_the_lock.append(sorted(path.name for path in dead.iterdir()))
+
     files.call("unlink", put_a_file, "owner.json")
+    files.call("unlink", look, "owner.lock", times=math.inf)
     store = SnapshotStore(root, file_system=files)
     wait_until(lambda: sessions_in(root) == [store.session])
+    assert beside_the_lock == [["owner.lock"]]
     end(store)
 
 
