@@ -70,12 +70,17 @@ class FileSystem:
             return _private(os.open(name, flags, 0o600, dir_fd=fd))
 
     def open_lock(self, path: str, *, create: bool, dir_fd: int | None = None) -> int:
-        """A lock file, open for reading and writing; made if ``create``."""
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        """A lock file, open for reading and writing (on a read-only disk, for reading); made if ``create``."""
+        flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         with self._reached(path, dir_fd) as (name, fd):
-            if not create:
-                return os.open(name, flags, dir_fd=fd)
-            return _private(os.open(name, flags | os.O_CREAT, 0o600, dir_fd=fd))
+            if create:
+                return _private(os.open(name, flags | os.O_RDWR | os.O_CREAT, 0o600, dir_fd=fd))
+            try:
+                return os.open(name, flags | os.O_RDWR, dir_fd=fd)
+            except OSError as error:
+                if error.errno != errno.EROFS:
+                    raise
+                return os.open(name, flags | os.O_RDONLY, dir_fd=fd)
 
     def tighten(self, fd: int) -> None:
         """Take from group and others whatever they may do with an open file or directory."""

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -381,6 +382,19 @@ def fills_a_small_disk(disk: str) -> None:
                 file.write(bytes(4096))
 
     print(json.dumps(fills_a_disk(Path(disk) / "root", fill, lambda _: ballast.unlink())))  # noqa: T201
+
+
+def runs_out_of_inodes(disk: str) -> None:
+    """There is room for bytes, and none for one more file."""
+    ballast = Path(disk) / "ballast"
+    ballast.mkdir()
+
+    def fill(_: SnapshotStore) -> None:
+        with suppress(OSError):
+            for number in itertools.count():
+                (ballast / str(number)).touch()
+
+    print(json.dumps(fills_a_disk(Path(disk) / "root", fill, lambda _: shutil.rmtree(ballast))))  # noqa: T201
 
 
 def stays_full(disk: str) -> None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import roots
 from actions import wait_until
@@ -300,3 +302,133 @@ def test_a_prune_and_a_verification_beside_somebody_who_swaps(
             carry_out(opened, make_plan(sessions(opened), surroundings(opened), Rules(), 4e9))
 
     again_and_again(template, tmp_path, what, swaps, tidy)
+
+
+# --- other users ---
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def open_to_nobody(tmp_path: Path) -> Iterator[Path]:
+    """A folder that any user can reach and write in, as ``/tmp`` is."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+    closed = [path for path in tmp_path.parents if path.stat().st_mode & 0o001 == 0]
+    modes = {path: path.stat().st_mode & 0o7777 for path in closed}
+    for path in closed:
+        path.chmod(modes[path] | 0o011)
+    tmp_path.chmod(0o1777)
+    yield tmp_path
+    for path, mode in modes.items():
+        path.chmod(mode)
+
+
+def test_another_user_can_neither_look_into_a_root_nor_change_it(open_to_nobody: Path) -> None:
+    root = open_to_nobody / "root"
+    with SnapshotStore(root) as store:
+        store.save("r", 1, roots.tensors(1)).result(10)
+        before = roots.everything_in(root)
+        (open_to_nobody / "mine").touch()
+        attempts = {
+            "ls": ("ls", root), "read": ("cat", root / _paths.MARKER), "make": ("touch", root / "x"),
+            "rename": ("mv", store.session, root / "y"), "remove": ("rm", "-rf", root),
+            "swap": ("mv", root, open_to_nobody / "z"),
+        }  # fmt: skip
+        for what, words in attempts.items():
+            done = subprocess.run(list(map(str, words)), user=NOBODY, group=NOBODY, extra_groups=[], check=False,
+                                  capture_output=True)  # fmt: skip
+            assert done.returncode != 0 and b"not permitted" in done.stderr.replace(
+                b"denied", b"not permitted"
+            ), what
+        assert (
+            subprocess.run(["ls", open_to_nobody], user=NOBODY, check=False, capture_output=True).returncode
+            == 0
+        )
+        assert roots.everything_in(root) == before
+        assert_same(store.load("r", 1), roots.tensors(1))
+        store.shutdown(cleanup=True)
+
+
+AS_NOBODY = """if True:
+    import os, stat, sys
+    import numpy as np
+    from pathlib import Path
+    from snapstore import SnapshotStore, StoreOptions
+    os.setegid(65534)
+    os.seteuid(65534)
+    os.umask(0o777)
+    root = Path(sys.argv[1])
+    for leftovers in ("discard", "adopt"):
+        store = SnapshotStore(root, StoreOptions(leftovers=leftovers))
+        assert store.boundaries("r") == ((1,) if leftovers == "adopt" else ())
+        store.save("r", 1, {"x": np.arange(8)}).result(10)
+        assert store.load("r", 1).tensors["x"].tolist() == list(range(8))
+        for path in (root, store.session, *store.session.rglob("*")):
+            mode = stat.S_IMODE(path.stat().st_mode)
+            assert mode == (0o700 if path.is_dir() else 0o600), (path, oct(mode))
+        store.shutdown(cleanup=leftovers == "adopt")
+"""
+
+
+def test_a_user_whose_umask_takes_everything_away_can_use_a_root_and_nobody_else(
+    open_to_nobody: Path,
+) -> None:
+    """The permissions of a user count, as root's do not: with this umask even its own directories begin closed."""
+    command = [sys.executable, "-c", AS_NOBODY, str(open_to_nobody / "root")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# --- odd disks and roots ---
+
+
+def test_names_that_differ_only_in_case_never_meet_in_a_directory(root: Path) -> None:
+    """So a disk that does not tell them apart is as good as any."""
+    with SnapshotStore(root) as store:
+        for request in ("request", "Request", "REQUEST", "straße", "STRASSE"):
+            store.save(request, 1, {"x": np.frombuffer(request.encode(), np.uint8)})
+        assert store.flush(30)
+        for folder, folders, names in os.walk(root):
+            inside = [*folders, *names]
+            assert len({name.casefold() for name in inside}) == len(inside), folder
+        assert store.load("Request", 1).tensors["x"].tobytes() == b"Request"
+        store.shutdown(cleanup=True)
+
+
+def test_a_root_on_another_file_system(tmp_path: Path) -> None:
+    """In memory, where there is one: everything works, and detached files are copied across."""
+    if not os.access("/dev/shm", os.W_OK) or Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system here")
+    root = Path("/dev/shm") / f"snapstore-test-{os.getpid()}"
+    try:
+        for durability in ("none", "data", "full"):
+            store = SnapshotStore(root, StoreOptions(durability=durability, leftovers="adopt"))  # type: ignore[arg-type]
+            assert store.boundaries("kept") == (() if durability == "none" else (5,))
+            store.save("kept", 5, roots.tensors(5))
+            store.save("out", 3, roots.tensors(3))
+            moved = store.detach("out", 3, tmp_path / durability, timeout_s=10)
+            assert moved.stat().st_size > 3 * 8 * 4 and not store.has("out", 3)
+            assert_same(store.load("kept", 5), roots.tensors(5))
+            store.shutdown()
+        SnapshotStore(root).shutdown(cleanup=True)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.mark.parametrize("leftovers", ["discard", "adopt"])
+def test_a_root_that_is_removed_and_made_again_by_another_store(root: Path, leftovers: str) -> None:
+    store = SnapshotStore(root)
+    store.save("before", 1, roots.tensors(1)).result(10)
+    shutil.rmtree(root)
+    assert store.save("between", 1, roots.tensors(1)).exception(10) is not None
+    assert not root.exists(), "nobody makes a root but a store that is opened"
+    other = SnapshotStore(root, StoreOptions(leftovers=leftovers))  # type: ignore[arg-type]
+    wait_until(lambda: store.save("again", 1, roots.tensors(2)).exception(10) is None)
+    assert_same(store.load("again", 1), roots.tensors(2))
+    with pytest.raises(SnapstoreError):
+        store.load("before", 1)
+    third = SnapshotStore(root, StoreOptions(leftovers=leftovers))  # type: ignore[arg-type]
+    assert_same(store.load("again", 1), roots.tensors(2))
+    assert [each.shutdown(cleanup=True).clean for each in (store, other, third)] == [True] * 3
+    assert [path.name for path in root.iterdir()] == [_paths.MARKER]

@@ -487,3 +487,52 @@ def test_a_bind_mount_of_the_same_device_is_not_crossed(place: Place, where: str
     opened = f"{roots.Watch.OPEN | roots.Watch.DIRECTORY:#x}"
     touched = [event for event in place.watch.events() if not event.startswith(opened)]
     assert touched == [], "a directory is opened, to see its mount, and then neither listed nor read"
+
+
+@pytest.mark.parametrize("leftovers", ["discard", "adopt"])
+@pytest.mark.parametrize("where", ["2*", "2*/*.g*", f"2*/{_paths.TRASH}"])
+def test_a_store_that_starts_beside_a_bind_mount_does_not_empty_it(
+    place: Place, leftovers: str, where: str
+) -> None:
+    """What is mounted there is only read, and that by a store which adopts what it takes for its own."""
+    if not _may_mount():
+        pytest.skip("no user namespaces here")
+    path = min(each for each in place.root.glob(where) if each.is_dir())
+    source = f"""if True:
+        from snapstore import SnapshotStore, StoreOptions
+        store = SnapshotStore({str(place.root)!r}, StoreOptions(leftovers={leftovers!r}))
+        store.save("new", 1, {{}}).result(10)
+        assert store.shutdown(cleanup=True).writer_stopped
+    """
+    done = subprocess.run(
+        [*IN_A_NAMESPACE, "sh", "-c", 'mount --bind "$1" "$2" && exec "$3" -c "$4"', "sh",
+         str(place.twin(path)), str(path), sys.executable, source],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done
+    removing = roots.Watch.DELETE | roots.Watch.MOVE | roots.Watch.MODIFY | roots.Watch.CREATE
+    touched = [event for event in place.watch.events() if int(event.split()[0], 16) & removing]
+    assert touched == []
+
+
+def test_a_root_that_can_only_be_read_is_looked_at_and_nothing_is_half_removed(place: Place) -> None:
+    if not _may_mount():
+        pytest.skip("no user namespaces here")
+    before = roots.everything_in(place.root)
+
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        script = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && shift && exec "$@"'
+        arguments = [str(place.root), sys.executable, "-m", "snapstore", *words, str(place.root)]
+        return subprocess.run(
+            [*IN_A_NAMESPACE, "sh", "-c", script, "sh", *arguments],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    for words in (("ls",), ("ls", "--requests"), ("verify",), ("prune", "--dry-run")):
+        done = command(*words)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        assert words != ("ls",) or "dead" in done.stdout
+    for words in (("prune", "--yes"), ("doctor",)):
+        done = command(*words)
+        assert done.returncode == 1 and "Read-only file system" in done.stdout + done.stderr
+    assert roots.everything_in(place.root) == before

@@ -469,14 +469,14 @@ GOOD = {
 }
 
 
-def on_a_small_disk(tmp_path: Path, function: str) -> dict[str, Any]:
+def on_a_small_disk(tmp_path: Path, function: str, options: str = "size=512k") -> dict[str, Any]:
     """In a mount namespace of its own, so that nothing stays mounted, whatever happens."""
     disk = tmp_path / "disk"
     disk.mkdir()
     script = (
         f"import sys; sys.path[:0] = [{str(TESTS)!r}]; import scenarios; scenarios.{function}({str(disk)!r})"
     )
-    mount = f"mount -t tmpfs -o size=512k tmpfs {disk} || exit 77"
+    mount = f"mount -t tmpfs -o {options} tmpfs {disk} || exit 77"
     done = subprocess.run(
         ["unshare", "-Urm", "sh", "-c", f'{mount}; exec "$0" -c "$1"', sys.executable, script],
         capture_output=True,
@@ -491,6 +491,12 @@ def on_a_small_disk(tmp_path: Path, function: str) -> dict[str, Any]:
 
 def test_a_disk_that_fills_up_and_has_room_again(tmp_path: Path) -> None:
     seen = on_a_small_disk(tmp_path, "fills_a_small_disk")
+    assert set(seen.pop("errors")) == {errno.ENOSPC}
+    assert seen == GOOD
+
+
+def test_a_disk_whose_inodes_run_out_and_come_back(tmp_path: Path) -> None:
+    seen = on_a_small_disk(tmp_path, "runs_out_of_inodes", "size=64m,nr_inodes=100")
     assert set(seen.pop("errors")) == {errno.ENOSPC}
     assert seen == GOOD
 
