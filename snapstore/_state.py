@@ -733,8 +733,13 @@ class State:
     def _queue_up_locked(self, key: SnapshotKey, nbytes: int, content: Content) -> Turn:
         self._refuse_locked(key, nbytes)
         life = self._life_locked(key.request_id)
+        try:
+            turn = self._room.queue_up(life, key, nbytes, content, self.monotonic_s())
+        except BaseException:  # no memory
+            self._forget_if_empty_locked(life)
+            raise
         life.waiting += 1
-        return self._room.queue_up(life, key, nbytes, content, self.monotonic_s())
+        return turn
 
     def _enter_locked(self, turn: Turn) -> Job | None:
         self._refuse_locked(turn.key, turn.nbytes)

@@ -537,9 +537,9 @@ def test_a_process_that_runs_out_of_memory(processes: Processes, root: Path) -> 
 
 
 ON_THE_CALLER = [
-    "snapstore._saving.encode_metadata",
-    "snapstore._memory.allocate",
-    "snapstore._staging.HostImage",
+    *("snapstore._saving.encode_metadata", "snapstore._saving.Content", "snapstore._saving.Offer"),
+    *("snapstore._state.Life", "snapstore._room.Turn", "snapstore._state.SaveTicket", "snapstore._state.Job"),
+    *("snapstore._memory.allocate", "snapstore._staging.HostImage"),
 ]
 IN_THE_WRITER = [
     *("snapstore._filing.Checksums", "snapstore._filing.encode_header", "snapstore._filing.write_all"),
@@ -565,9 +565,12 @@ def test_a_save_that_finds_no_memory_is_refused_and_the_next_one_works(
     store.save("request", 1, tensors(1, 100)).result(10)
     with monkeypatch.context() as patch:
         patch.setattr(allocation, no_memory)
-        with pytest.raises(MemoryError):
-            store.save("request", 1, tensors(2, 300_000))
+        for request_id in ("request", "another")[allocation.endswith(".Life") :]:
+            with pytest.raises(MemoryError):
+                store.save(request_id, 1, tensors(2, 300_000))
     assert_nothing_is_charged(store)
+    refused_or_failed = store.stats().live_requests - 1, store.stats().failed
+    assert refused_or_failed in ((0, 0), (1, 2)) and not store.has("another", 1)
     assert_same(store.load("request", 1), tensors(1, 100))
     store.save("request", 1, tensors(3, 300_000)).result(10)
     assert_same(store.load("request", 1), tensors(3, 300_000))
