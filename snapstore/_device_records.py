@@ -17,12 +17,11 @@ from snapstore._types import DeviceHealth, DeviceStatus
 
 @dataclass(slots=True, eq=False)
 class Submission:
-    """The device side of one save. ``borrowed``: the sources themselves are read, and are its caller's until then."""
+    """The device side of one save."""
 
     job: Job
     layout: Layout
     buffer: HostBuffer
-    borrowed: bool
     parts: list[Part] = field(default_factory=list)
     parts_left: int = 0
     handed_over: bool = False
@@ -30,18 +29,22 @@ class Submission:
 
     @property
     def leaks(self) -> bool:
-        return self.ended and any(part.flying for part in self.parts)
+        return self.ended and self.parts_left > 0
 
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """What one device has to do for a submission: copy ``blocks``, which hold the tensors ``indices`` in this order."""
+    """What one device has to do for a submission: copy ``blocks``, which hold the tensors ``indices`` in this order.
+
+    ``gathers``: the caller's stream was asked to read the tensors for it. Until ``after`` is reached, it may.
+    """
 
     submission: Submission
     device: Device
     indices: Sequence[int]
     blocks: Sequence[Block]
     after: Any
+    gathers: bool = False
     flying: bool = False
     over: bool = False
     mark: Any = None
@@ -68,7 +71,7 @@ class Landing(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """One device of one store. ``discarded``: marks of parts that others have dropped; freeing one calls the driver."""
+    """One device of one store. ``discarded``: what dropped parts held, for its thread to free: that may call the driver."""
 
     device: Device
     work: Condition

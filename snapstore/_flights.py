@@ -7,7 +7,7 @@ its thread, and a *landing* a copy the other way, of a load.
                 -       -> waiting      submit                      the one that saves
                 waiting -> flying       take                        the device's, before it calls the driver
                 waiting -> over         take, await_overdue, lose,  whoever finds its life ended, its device stuck or
-                                        drop_waiting, give_up       lost, its source asked back, the store at its end
+                (not if it gathers)     drop_waiting, give_up       lost, its source asked back, the store at its end
                 flying  -> over         landed                      the device's, when its mark is reached, however late
 
     lane        ok -> stuck             await_overdue               the watch: nothing was reached for `timeout_s`
@@ -18,8 +18,9 @@ its thread, and a *landing* a copy the other way, of a load.
  1. A submission counts from `submit`, not from when there is a mark; it is at rest when each of its parts is over.
  2. Its *end* (admit or abandon) is taken once, under the lock; who has taken it tells the state, after the lock.
  3. Source, scratch and host buffer are kept until it is at rest. Ended before, with parts flying, they are *leaked*.
- 4. A part that has not flown is never read by its device; one that has may be, until its mark is reached.
- 5. A lane is lost for good; what was flying there is kept for ever.
+ 4. A part that has not flown is never read by the copy; one that has may be, until its mark is reached. One that
+    gathers is read by its caller's stream in any case: nobody drops it, and unwanted it flies until that is done.
+ 5. A lane is lost for good; what was flying or gathering there is kept for ever.
 
 Decide under the lock, act outside: what is to be done comes back as a ``Verdict``.
 """
@@ -110,19 +111,25 @@ class Flights:
             return True
 
     def take(self, lane: Lane) -> tuple[Part | None, Verdict]:
-        """The next part to start, flying from here on. Those whose life has ended are dropped on the way."""
+        """The next part to start, flying from here on. What nobody wants any more is not started: invariant 4."""
         verdict = Verdict()
+        wanted: Part | None = None
         with self._lock:
-            while lane.waiting:
+            while lane.waiting and wanted is None:
                 part = lane.waiting.popleft()
-                if part.submission.job.life.alive:
+                submission = part.submission
+                if submission.job.life.alive and not submission.ended:
+                    wanted = part
+                else:
+                    self._end_locked(submission, verdict, _cleaned_up(submission))
+                    part.mark = part.after
+                if wanted or part.gathers:
                     part.flying = True
                     lane.flying.append(part)
-                    return part, verdict
-                self._end_locked(part.submission, verdict, _cleaned_up(part.submission))
-                self._over_locked(part, verdict)
+                else:
+                    self._over_locked(part, verdict)
             self._publish_locked()
-        return None, verdict
+        return wanted, verdict
 
     def take_discarded(self, lane: Lane) -> list[Any]:
         """What is to be freed on this thread, which the driver may keep, and on no other."""
@@ -221,7 +228,7 @@ class Flights:
         verdict = Verdict()
         with self._lock:
             for submission in submissions:
-                if submission.borrowed and any(part.waiting for part in submission.parts):
+                if any(part.waiting and not part.gathers for part in submission.parts):
                     self._end_locked(submission, verdict, error)
                     self._drop_parts_locked(submission, verdict)
             self._publish_locked()
@@ -303,12 +310,12 @@ class Flights:
 
     def _drop_parts_locked(self, submission: Submission, verdict: Verdict) -> None:
         for part in submission.parts:
-            if part.waiting:
+            if part.waiting and not part.gathers:
                 lane = self._lanes[part.device]
                 lane.waiting.remove(part)
-                lane.discarded.append(part.after)
+                lane.discarded.append((part.blocks, part.after))
                 lane.work.notify()
-                part.after = None
+                part.let_go()
                 self._over_locked(part, verdict)
 
     def _stick_locked(self, lane: Lane, verdict: Verdict) -> None:
@@ -333,14 +340,14 @@ class Flights:
         self.published = DeviceFacts(
             sum(not submission.ended for submission in self._outstanding),
             sum(len(submission.buffer.view) for submission in leaking)
-            + sum(part.nbytes for submission in leaking for part in submission.parts if part.flying),
+            + sum(part.nbytes for submission in leaking for part in submission.parts if not part.over),
             self._pageable,
             tuple(_health_of(lane) for lane in self._lanes.values()),
         )
 
 
 def _health_of(lane: Lane) -> DeviceHealth:
-    leaked = sum(part.nbytes for part in lane.flying if part.submission.ended)
+    leaked = sum(part.nbytes for part in (*lane.flying, *lane.waiting) if part.submission.ended)
     return DeviceHealth(lane.device.name, lane.status, str(lane.error) if lane.error else None, leaked)
 
 

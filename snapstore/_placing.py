@@ -36,7 +36,9 @@ def part_of(submission: Submission, device: Device, placed: Placed) -> Part:
     indices = [index for index in layout.file_order if placed.devices[index] is device]
     tensors = [placed.tensors[index] for index in indices]
     blocks = device.lend(tensors) if placed.borrow else device.pack(tensors)
-    part = Part(submission, device, indices, blocks, device.mark())
+    lent = {id(tensor) for tensor in tensors}
+    gathers = any(id(block.data) not in lent for block in blocks)
+    part = Part(submission, device, indices, blocks, device.mark(), gathers)
     assert part.nbytes == sum(layout.sizes[index] for index in indices)
     return part
 

@@ -91,7 +91,7 @@ class Staging:
         Blocks for the copy of what is in host memory, for nothing else.
         """
         buffer = self._take_buffer(placed.layout.nbytes)
-        submission = Submission(job, placed.layout, buffer, placed.borrow)
+        submission = Submission(job, placed.layout, buffer)
         try:
             copy_host_tensors(placed, buffer.view)
             for device in placed.distinct_devices:
@@ -170,7 +170,7 @@ class Staging:
                 extra=extra,
             )
             self._act(self._flights.lose(lane, error.with_traceback(None)))
-            if lane.flying or lane.landings:
+            if lane.busy:
                 _lost.append(lane)
 
     def _start_one(self, lane: Lane, channel: Channel) -> bool:

@@ -56,6 +56,27 @@ def test_drain_counts_a_save_from_when_it_was_handed_over_not_from_its_event(
     assert ticket.released
 
 
+@pytest.mark.parametrize("over_by", ["cleanup", "timeout", "timeout, and cut of a view"])
+def test_drain_waits_for_a_pack_though_its_save_is_over(root: Path, device: FakeDevice, over_by: str) -> None:
+    """The device's thread has not asked for the copy, and never will; the caller's stream will read all the same."""
+    tensors = {"a": device.tensor(range(64))}
+    if "view" in over_by:
+        tensors = {"a": tensors["a"][::2]}
+    with open_store(root, device, device_timeout_s=60.0 if over_by == "cleanup" else 0.1) as store:
+        with device.pause("open") as gate:
+            ticket = store.save("request", 64, tensors, borrow="view" in over_by)
+            gate.wait_reached()
+            if over_by == "cleanup":
+                store.cleanup_request("request")
+            else:
+                assert isinstance(ticket.exception(PATIENCE_S), SaveFailedError)
+            assert device.waiting and not store.drain_request("request", timeout_s=0.05)
+        assert not store.drain(0.05)
+        device.automatic = True
+        assert store.drain_request("request", timeout_s=PATIENCE_S)
+        assert ticket.done() and ticket.released and device.count("start") == 0
+
+
 def test_drain_takes_back_at_its_deadline_what_was_lent_and_not_asked_for(
     store: SnapshotStore, device: FakeDevice
 ) -> None:

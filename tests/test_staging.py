@@ -134,17 +134,17 @@ class Hands:
         self.over: list[Part] = []
         self.count = 0
 
-    def submit(self, *numbers: int, borrow: bool = False) -> Submission:
+    def submit(self, *numbers: int, gathers: bool = False) -> Submission:
         self.count += 1
         job = job_of(self.state, self.count)
         self.state.on_its_way(job)
         layout = layout_of([4] * len(numbers))
         submission = Submission(
-            job, layout, HostBuffer(memoryview(bytearray(4 * len(numbers))), lambda: None), borrow
+            job, layout, HostBuffer(memoryview(bytearray(4 * len(numbers))), lambda: None)
         )
         for index, number in enumerate(numbers):
             block = Block(object(), 4)
-            submission.parts.append(Part(submission, self.devices[number], [index], [block], after=None))
+            submission.parts.append(Part(submission, self.devices[number], [index], [block], None, gathers))
         assert self.flights.submit(submission) is None
         return submission
 
@@ -192,11 +192,23 @@ def test_a_loss_ends_what_the_device_had_and_drops_what_others_have_not_begun(st
     assert hands.flights.published.leaked_bytes == 8 + 4
 
 
+def test_what_its_caller_s_stream_gathers_is_kept_until_it_has(state: State) -> None:
+    hands = Hands(state)
+    gathering, lent = hands.submit(0, gathers=True), hands.submit(0)
+    hands.act(hands.flights.give_up(TimeoutError("the end")))
+    assert gathering.ended and lent.ended and hands.given_back == [lent]
+    assert hands.flights.published.leaked_bytes == 4 + 4
+    assert hands.start(0) is None and hands.flying(0)
+    assert hands.flights.published.leaked_bytes == 4 + 4
+    hands.land(0)
+    assert hands.given_back == [lent, gathering] and hands.flights.published.leaked_bytes == 0
+
+
 def test_nothing_is_handed_over_to_a_lane_that_is_lost(state: State) -> None:
     hands = Hands(state)
     hands.act(hands.flights.lose(hands.lanes[1], RuntimeError("gone")))
     job = job_of(state, 9)
-    submission = Submission(job, layout_of([4]), HostBuffer(memoryview(bytearray(4)), lambda: None), False)
+    submission = Submission(job, layout_of([4]), HostBuffer(memoryview(bytearray(4)), lambda: None))
     submission.parts = [Part(submission, device, [0], [], None) for device in hands.devices]
     unfit = hands.flights.submit(submission)
     assert unfit is not None and (unfit.device, unfit.status) == (hands.devices[1], "lost")
@@ -226,7 +238,7 @@ def test_however_it_goes_each_save_ends_once_and_all_memory_comes_back(state: St
         number, turn = chance.randrange(3), chance.random()
         if turn < 0.35 and hands.flights.unfit(hands.devices) is None:
             made.append(
-                hands.submit(*chance.sample(range(3), chance.randint(1, 3)), borrow=chance.random() < 0.5)
+                hands.submit(*chance.sample(range(3), chance.randint(1, 3)), gathers=chance.random() < 0.5)
             )
         elif turn < 0.6:
             hands.start(number)
@@ -242,6 +254,7 @@ def test_however_it_goes_each_save_ends_once_and_all_memory_comes_back(state: St
             state.begin_cleanup(["request"])
     hands.act(hands.flights.give_up(TimeoutError("the end")))
     for number in range(3):
+        assert hands.start(number) is None, "nothing is asked for any more"
         while hands.flying(number):
             hands.land(number)
     published = state.published
