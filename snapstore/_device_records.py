@@ -71,7 +71,7 @@ class Landing(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """One device of one store. ``discarded``: what dropped parts held, for its thread to free: that may call the driver."""
+    """One device of one store. ``discarded``: what dropped parts held. Only its own thread frees that."""
 
     device: Device
     work: Condition
