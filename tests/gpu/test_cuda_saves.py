@@ -53,6 +53,19 @@ def test_saves_in_inference_mode_and_of_its_tensors(store: SnapshotStore) -> Non
     assert_same(store.load("outside", 1).tensors, tensors)
 
 
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_saves_under_autocast(store: SnapshotStore, half: torch.dtype) -> None:
+    tensors = {
+        f"{dtype} {number}": torch.randn(100, device="cuda").to(dtype)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        for number in range(3)
+    }
+    with torch.autocast("cuda", dtype=half):
+        store.save("request", 1, tensors).result(PATIENCE_S)
+        loaded = store.load("request", 1, device="cuda").tensors
+    assert_same(loaded, tensors)
+
+
 def test_host_and_device_tensors_in_one_snapshot(store: SnapshotStore) -> None:
     tensors = {"host": torch.randn(1000), "device": torch.randn(1000, device="cuda"), "end": torch.arange(5)}
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
