@@ -14,7 +14,7 @@ ready := $(VENV)/.ready-$(key)
 bench_ready := $(VENV)/.ready-bench-$(key)
 
 .DELETE_ON_ERROR:
-.PHONY: help test crash explore faults powerloss model engines gpu servers check format-check lint types layers format demo bench bench-quick clean
+.PHONY: help test crash explore hostile faults powerloss model engines gpu servers check format-check lint types layers format demo bench bench-quick clean
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -27,6 +27,9 @@ crash: $(ready) ## Kill processes at their system calls, 1,000 times, and look a
 
 explore: $(ready) ## Walk 100,000 schedules of the store's threads, and find each planted bug; 10 minutes
 	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m explore tests/test_explored.py $(ARGS)
+
+hostile: $(ready) ## Swap directories for links 10,000 times beside all that works in a root, and stop processes for 5 s; 3 minutes
+	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m slow tests/test_hostile.py tests/test_time.py $(ARGS)
 
 faults: $(ready) ## Have every operation on the disk fail in every way, and hang; 8 minutes
 	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m slow tests/test_faults.py $(ARGS)

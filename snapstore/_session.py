@@ -67,7 +67,6 @@ class Session:
 
         ``durable``: the session outlives a power cut from here on.
         """
-        files.guarded |= {root}
         try:
             prepare_root(files, root)
             if durable:
@@ -317,7 +316,11 @@ def prepare_root(files: FileSystem, root: str) -> None:
 
 
 def check_root(files: FileSystem, root: str, *, may_be_empty: bool = False) -> None:
-    """``RootError`` unless ``root`` is a directory that carries our marker, in a format that we know."""
+    """``RootError`` unless ``root`` is a directory that carries our marker, in a format that we know.
+
+    From here on this file system reaches what is below ``root`` through no link.
+    """
+    files.guarded |= {root}
     try:
         status = files.status_at(root)
     except FileNotFoundError as error:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ import pytest
 import roots
 from actions import wait_until
 from helpers import assert_same
+from trust_results import record
 
 from snapstore import SnapshotStore, SnapstoreError, StoreOptions, _paths
 from snapstore._files import FileSystem
@@ -31,6 +33,7 @@ from snapstore._maintenance.prune import carry_out
 from snapstore._maintenance.root import opened_root
 from snapstore._maintenance.survey import sessions, surroundings
 from snapstore._maintenance.verify import verify_root
+from snapstore._session import check_root
 from snapstore.testing import OPERATIONS, FaultyFileSystem
 
 pytestmark = pytest.mark.skipif(
@@ -79,6 +82,13 @@ def watched(root: Path) -> Iterator[Twin]:
 
 
 @pytest.fixture(scope="module")
+def figures() -> Iterator[Counter[str]]:
+    counted: Counter[str] = Counter()
+    yield counted
+    record("hostile", "make hostile", **counted)
+
+
+@pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("template") / "root"
     roots.killed(root)
@@ -103,6 +113,49 @@ def test_the_watch_sees_what_is_done_through_a_link(template: Path, root: Path) 
         (session / _paths.OWNER_RECORD).read_bytes()
         with pytest.raises(AssertionError):
             twin.assert_untouched()
+
+
+# --- each operation ---
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda files, at: files.create(at("new")),
+        lambda files, at: files.open_read(at("file")),
+        lambda files, at: files.open_lock(at("file"), create=False),
+        lambda files, at: files.open_lock(at("new"), create=True),
+        lambda files, at: files.open_directory(at("folder")),
+        lambda files, at: files.names(at("folder")),
+        lambda files, at: files.sync_directory(at("folder")),
+        lambda files, at: files.make_directory(at("new")),
+        lambda files, at: files.remove_directory(at("folder")),
+        lambda files, at: files.unlink(at("file")),
+        lambda files, at: files.status_at(at("file")),
+        lambda files, at: files.rename(at("file"), at("new")),
+        lambda files, at: files.rename(at("file"), str(Path(at("file")).parents[1] / "taken")),
+        lambda files, at: files.rename(str(Path(at("file")).parents[1] / "mine"), at("new")),
+        lambda files, at: files.link(at("file"), str(Path(at("file")).parents[1] / "taken")),
+        lambda files, at: files.link(str(Path(at("file")).parents[1] / "mine"), at("new")),
+    ],
+)
+def test_below_a_root_no_operation_goes_through_a_link_and_its_error_names_the_path(
+    root: Path, tmp_path: Path, act: Callable[[FileSystem, Callable[[str], str]], object]
+) -> None:
+    SnapshotStore(root).shutdown(cleanup=True)
+    outside = tmp_path / "outside"
+    (outside / "folder").mkdir(parents=True)
+    (outside / "file").write_text("precious")
+    (root / "real").mkdir()
+    (root / "real" / "mine").touch()
+    (root / "real" / "link").symlink_to(outside)
+    files = FileSystem()
+    check_root(files, str(root))
+    with pytest.raises(NotADirectoryError) as caught:
+        act(files, lambda name: str(root / "real" / "link" / name))
+    assert str(root / "real") in str(caught.value)
+    assert {path.name for path in outside.iterdir()} == {"folder", "file"}
+    assert {path.name for path in (root / "real").iterdir()} == {"mine", "link"}
 
 
 # --- once, at every step ---
@@ -191,7 +244,7 @@ STEPS: dict[str, Callable[[Path, str, int], int]] = {
 @pytest.mark.parametrize("verb", STEPS)
 @pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_link_that_is_swapped_in_at_any_step_leads_nowhere(
-    template: Path, tmp_path: Path, verb: str, what: str, stride: int
+    template: Path, tmp_path: Path, figures: Counter[str], verb: str, what: str, stride: int
 ) -> None:
     step, steps = 0, 1
     while step < steps:
@@ -202,6 +255,7 @@ def test_a_link_that_is_swapped_in_at_any_step_leads_nowhere(
         shutil.rmtree(folder)
         step += stride
     assert steps > 40
+    figures["swaps at a step"] += len(range(0, steps, stride))
 
 
 # --- thousands of times, beside it ---
@@ -250,7 +304,9 @@ def swapping(twin: Twin, target: Path) -> Iterator[Swapper]:
 
 @pytest.mark.parametrize("what", TARGETS)
 @pytest.mark.parametrize("swaps", SWAPS)
-def test_a_store_at_work_beside_somebody_who_swaps_its_directories(root: Path, what: str, swaps: int) -> None:
+def test_a_store_at_work_beside_somebody_who_swaps_its_directories(
+    root: Path, figures: Counter[str], what: str, swaps: int
+) -> None:
     store = SnapshotStore(root, QUICK)
     work(store, 0)
     wait_until(lambda: not any((store.session / _paths.TRASH).iterdir()))  # else it could not be copied
@@ -259,6 +315,7 @@ def test_a_store_at_work_beside_somebody_who_swaps_its_directories(root: Path, w
         while swapper.swaps < swaps or rounds < 5:
             rounds += 1
             work(store, rounds)
+    figures["swaps beside a store"] += swapper.swaps
     store.save("after", 1, roots.tensors(1)).result(10)
     assert_same(store.load("after", 1), roots.tensors(1))
     store.shutdown(cleanup=True)
@@ -266,8 +323,8 @@ def test_a_store_at_work_beside_somebody_who_swaps_its_directories(root: Path, w
 
 def again_and_again(
     template: Path, tmp_path: Path, what: str, swaps: int, act: Callable[[Path], None]
-) -> None:
-    """``act`` on one root after another, each while somebody swaps in it, until so many swaps were made."""
+) -> int:
+    """``act`` on one root after another, each while somebody swaps in it, until so many swaps were made. How many."""
     made = rounds = 0
     while made < swaps or rounds < 5:
         folder = tmp_path / str(rounds)
@@ -276,32 +333,33 @@ def again_and_again(
             act(root)
         made, rounds = made + swapper.swaps, rounds + 1
         shutil.rmtree(folder)
+    return made
 
 
 @pytest.mark.parametrize("what", TARGETS)
 @pytest.mark.parametrize("leftovers", ["discard", "adopt"])
 @pytest.mark.parametrize("swaps", SWAPS)
 def test_leftovers_that_somebody_swaps_while_they_are_reclaimed_or_adopted(
-    template: Path, tmp_path: Path, what: str, leftovers: str, swaps: int
+    template: Path, tmp_path: Path, figures: Counter[str], what: str, leftovers: str, swaps: int
 ) -> None:
     def start(root: Path) -> None:
         with suppress(SnapstoreError):
             use_leftovers(SnapshotStore(root, StoreOptions(leftovers=leftovers)))  # type: ignore[arg-type]
 
-    again_and_again(template, tmp_path, what, swaps, start)
+    figures["swaps beside a store"] += again_and_again(template, tmp_path, what, swaps, start)
 
 
 @pytest.mark.parametrize("what", TARGETS)
 @pytest.mark.parametrize("swaps", SWAPS)
 def test_a_prune_and_a_verification_beside_somebody_who_swaps(
-    template: Path, tmp_path: Path, what: str, swaps: int
+    template: Path, tmp_path: Path, figures: Counter[str], what: str, swaps: int
 ) -> None:
     def tidy(root: Path) -> None:
         with opened_root(FileSystem(), str(root), to_change=True) as opened:
             verify_root(opened, on_read=lambda _: None, quarantine=True)
             carry_out(opened, make_plan(sessions(opened), surroundings(opened), Rules(), 4e9))
 
-    again_and_again(template, tmp_path, what, swaps, tidy)
+    figures["swaps beside a prune"] += again_and_again(template, tmp_path, what, swaps, tidy)
 
 
 # --- other users ---
