@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from calls import OUTSIDE, ROOT, Calls, content_of
+from calls import OUTSIDE, ROOT, Calls, content_of, tensors
 
 from snapstore import SaveState, SnapshotStore, StoreOptions
 from snapstore.testing import World
@@ -102,12 +104,24 @@ def save_from_device(request_id: str = "a", token_count: int = 1) -> Step:
     return lambda on: on.save_from_device(request_id, token_count)
 
 
+def save_by_bell(request_id: str = "a", token_count: int = 1) -> Step:
+    return lambda on: on.save_by_bell(request_id, token_count)
+
+
+def lend(request_id: str = "a", token_count: int = 1) -> Step:
+    return lambda on: on.lend(request_id, token_count)
+
+
 def load(request_id: str = "a", token_count: int = 1) -> Step:
     return lambda on: on.load(request_id, token_count)
 
 
 def cleanup(request_id: str = "a", timeout_s: float = 2.0) -> Step:
     return lambda on: on.cleanup(request_id, timeout_s)
+
+
+def cleanup_by_bell(request_id: str = "a") -> Step:
+    return lambda on: on.cleanup_by_bell(request_id)
 
 
 def cleanup_all(timeout_s: float = 5.0) -> Step:
@@ -165,6 +179,12 @@ SCENARIOS = [
     Scenario(
         "a session that is full", [[save(), save("a", 2), load()], [save("b"), cleanup(), save("b")]], TIGHT
     ),
+    Scenario(
+        "bells instead of waits",
+        [[save_by_bell(), save_by_bell(), load()], [save_by_bell("b"), cleanup_by_bell()], [save()]],
+        NARROW,
+    ),
+    Scenario("what is lent", [[lend(), lend(), load()], [load(), cleanup(), lend()]]),
     Scenario("the end beside savers", [[save(), save("a", 2)], [save("b"), save()], [shutdown()]]),
     Scenario(
         "an end that forgets", [[save(), save("a", 2)], [save("b"), cleanup()], [shutdown(cleanup=True)]]
@@ -299,7 +319,55 @@ def one_store_leaves_while_another_adopts(world: World) -> None:
         leave_to_the_next(world)
 
 
-STORIES = [two_stores_that_reclaim, two_stores_that_adopt, one_store_leaves_while_another_adopts]
+def a_store_that_is_dropped(world: World) -> None:
+    """What it accepted is written all the same; then its threads go, and the next store adopts it."""
+    with world.calm():
+        store = open_store(world)
+    ticket = store.save("a", 1, tensors(7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        del store
+    with world.calm():
+        world.settle()
+        assert ticket.result(0).key.token_count == 1
+        with open_store(world, replace(OPTIONS, leftovers="adopt")) as after:
+            assert content_of(after.load("a", 1)) == [7] * 8
+        leave_to_the_next(world)
+
+
+def two_stores_that_adopt_from_a_bad_disk(world: World) -> None:
+    """What one could not read or move is there for the next; nothing is lost, and nothing is there twice."""
+    held = leave_leftovers(world, ("a", 1), ("a", 2), ("b", 1))
+    adopting = replace(OPTIONS, leftovers="adopt")
+    stores: list[SnapshotStore] = []
+
+    def adopt() -> None:
+        with suppress(OSError):
+            stores.append(open_store(world, adopting))
+
+    world.fault_numbers, world.faults = (errno.EIO, errno.EACCES), 1
+    for client in [world.go(f"store {number}", adopt) for number in range(2)]:
+        client.result()
+    world.faults = 0
+    with world.calm():
+        world.settle()
+        stores.append(open_store(world, adopting))
+        for key, content in held.items():
+            having = [store for store in stores if store.has(*key)]
+            assert len(having) == 1, f"{key} is in {len(having)} stores"
+            assert content_of(having[0].load(*key)) == content
+        for store in stores:
+            assert store.shutdown(cleanup=True).session_removed
+        leave_to_the_next(world)
+
+
+STORIES = [
+    a_store_that_is_dropped,
+    two_stores_that_reclaim,
+    two_stores_that_adopt,
+    two_stores_that_adopt_from_a_bad_disk,
+    one_store_leaves_while_another_adopts,
+]
 EVERYTHING: list[Callable[[World], None]] = [*SCENARIOS, *STORIES]
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from explored import EVERYTHING, named
+from explored import EVERYTHING, name_of, named
 
 from snapstore.testing import ScheduleError, explore, explore_all
 
@@ -23,33 +24,27 @@ def main() -> None:
     parser.add_argument("scenario", nargs="?")
     parser.add_argument("--seeds", nargs=2, type=int)
     parser.add_argument("--deviations", type=int)
-    parser.add_argument("--at-most", type=int)
     parser.add_argument("--find", type=int)
     given = parser.parse_args()
-    tried = 0
+    answer: dict[str, Any] = {"tried": 0, "scenario": given.scenario, "schedule": None, "failure": None}
     try:
-        for step in steps(given):
-            tried += step
+        for answer["scenario"], step in steps(given):
+            answer["tried"] += step()
     except ScheduleError as error:
-        answer: dict[str, Any] = {
-            "tried": tried + error.tried,
-            "found_by": error.found_by,
-            "failure": str(error),
-        }
-    else:
-        answer = {"tried": tried, "failure": None}
+        answer |= {"tried": answer["tried"] + error.tried, "schedule": error.found_by, "failure": str(error)}
     json.dump(answer, sys.stdout)
 
 
-def steps(given: argparse.Namespace) -> Iterator[int]:
-    """How many schedules each step took."""
+def steps(given: argparse.Namespace) -> Iterator[tuple[str, Callable[[], int]]]:
+    """Scenarios, each with what explores it and says how many schedules that took."""
     if given.find is not None:
         for number in range(given.find):
-            yield explore(EVERYTHING[number % len(EVERYTHING)], [number // len(EVERYTHING)])
+            scenario = EVERYTHING[number % len(EVERYTHING)]
+            yield name_of(scenario), partial(explore, scenario, [number // len(EVERYTHING)])
     elif given.seeds is not None:
-        yield explore(named(given.scenario), range(*given.seeds))
+        yield given.scenario, partial(explore, named(given.scenario), range(*given.seeds))
     else:
-        yield explore_all(named(given.scenario), deviations=given.deviations, at_most=given.at_most)
+        yield given.scenario, partial(explore_all, named(given.scenario), deviations=given.deviations)
 
 
 if __name__ == "__main__":

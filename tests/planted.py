@@ -21,8 +21,11 @@ class Edit:
 
 @dataclass(frozen=True)
 class Bug:
+    """``only``: the scenario that can bring it out, where it takes more schedules than one has for all of them."""
+
     name: str
     edits: Sequence[Edit]
+    only: str | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -157,6 +160,9 @@ BUGS = [
             )
         ],
     ),
+]
+
+MORE_BUGS = [
     Bug(
         "nobody wakes the writer",
         [
@@ -177,5 +183,36 @@ BUGS = [
                 "            self._files.rename(temporary, final)\n",
             )
         ],
+    ),
+    Bug(
+        "no bell rings at the end of a save",
+        [Edit(STATE, "            outcomes.callback(self._ring)\n", "")],
+    ),
+    Bug(
+        "memory is given back while a load reads it",
+        [Edit(STATE, "                found.holds += 1\n", "                found.holds += 0\n")],
+    ),
+    Bug(
+        "the save that arrives last wins",
+        [Edit(STATE, "life.alive and life.newest.get(token_count, 0) < job.sequence and", "life.alive and")],
+    ),
+    Bug(
+        "what is lent is released at once",
+        [
+            Edit(
+                "_saving.py",
+                "    if not offer.borrow:\n        job.ticket._release()\n    engine",
+                "    job.ticket._release()\n    engine",
+            )
+        ],
+    ),
+    Bug(
+        "what could not be adopted is removed",
+        [Edit("_adopt.py", "                if not errors:\n", "                if True:\n")],
+    ),
+    Bug(
+        "a device's trouble is looked at twice",
+        [Edit("_flights.py", "return Unfit(device, lane.status, lane.error)", "return lane")],
+        only="saves from a device",
     ),
 ]

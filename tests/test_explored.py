@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trust_results
 from explored import EVERYTHING, SMALL, name_of, named
-from planted import BUGS, CHECKOUT, Bug
+from planted import BUGS, CHECKOUT, MORE_BUGS, Bug
 
 from snapstore.testing import explore, replay
 
@@ -25,6 +25,8 @@ SEEDS, AT_A_TIME = 5400, 900
 """Of `make explore`, a scenario; so many in one process."""
 
 TO_FIND_A_BUG = 4000
+
+PLANTED = [*BUGS, *MORE_BUGS]
 
 
 @pytest.mark.parametrize("scenario", EVERYTHING, ids=name_of)
@@ -43,9 +45,13 @@ def test_a_schedule_that_once_failed(scenario: str, schedule: str) -> None:
     replay(named(scenario), schedule)
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=str)
+@pytest.mark.parametrize(
+    "bug", [*BUGS, *(pytest.param(bug, marks=pytest.mark.explore) for bug in MORE_BUGS)], ids=str
+)
 def test_a_planted_bug_is_found(bug: Bug, tmp_path: Path) -> None:
+    """And without the bug nothing is wrong with the schedule that brings it out."""
     found = find(bug, tmp_path)
+    replay(named(found["scenario"]), found["schedule"])
     sys.stdout.write(
         f"{bug}: found by schedule {found['tried']}: {found['failure'].partition(os.linesep)[0]}"
     )
@@ -65,7 +71,7 @@ def test_a_hundred_thousand_schedules(tmp_path: Path) -> None:
             for each in EVERYTHING
             for first in range(0, SEEDS, AT_A_TIME)
         ]
-        planted = [processes.submit(find, bug, tmp_path / str(number)) for number, bug in enumerate(BUGS)]
+        planted = [processes.submit(find, bug, tmp_path / str(number)) for number, bug in enumerate(PLANTED)]
     for done in (*exhausted, *drawn):
         assert done.result()["failure"] is None, done.result()["failure"]
     seeded, systematic = (sum(done.result()["tried"] for done in jobs) for jobs in (drawn, exhausted))
@@ -78,9 +84,11 @@ def test_a_hundred_thousand_schedules(tmp_path: Path) -> None:
         systematic=systematic,
         scenarios=len(EVERYTHING),
         failures=0,
-        planted_bugs=len(BUGS),
+        planted_bugs=len(PLANTED),
         planted_bugs_found=len(planted),
-        schedules_to_find={bug.name: done.result()["tried"] for bug, done in zip(BUGS, planted, strict=True)},
+        schedules_to_find={
+            bug.name: done.result()["tried"] for bug, done in zip(PLANTED, planted, strict=True)
+        },
         seconds=round(time.monotonic() - started_s),
     )
 
@@ -88,7 +96,8 @@ def test_a_hundred_thousand_schedules(tmp_path: Path) -> None:
 def find(bug: Bug, folder: Path) -> dict[str, Any]:
     """The schedule that brings it out, and how many it took."""
     bug.plant(folder)
-    found = exploring("--find", str(TO_FIND_A_BUG), package=folder)
+    where = ["--seeds", "0", str(TO_FIND_A_BUG), bug.only] if bug.only else ["--find", str(TO_FIND_A_BUG)]
+    found = exploring(*where, package=folder)
     assert found["failure"] is not None, f"{bug} was not found in {found['tried']} schedules"
     return found
 
