@@ -14,7 +14,7 @@ ready := $(VENV)/.ready-$(key)
 bench_ready := $(VENV)/.ready-bench-$(key)
 
 .DELETE_ON_ERROR:
-.PHONY: help test crash explore hostile faults powerloss model engines gpu servers check format-check lint types layers format demo bench bench-quick clean
+.PHONY: help test crash explore hostile faults powerloss fuzz model engines gpu servers check format-check lint types layers format demo bench bench-quick clean
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -36,6 +36,10 @@ faults: $(ready) ## Have every operation on the disk fail in every way, and hang
 
 powerloss: $(ready) ## Open every state that a power cut may leave, in wide windows; minutes
 	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m powerloss -o faulthandler_timeout=0 tests/test_powerloss.py $(ARGS)
+
+fuzz: $(ready) ## Let atheris look for bytes that readers, parsers and routes do not take; a minute for each of them, all at once
+	@$(pip) --editable '.[fuzz]'
+	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m fuzz tests/test_fuzz.py $(ARGS)
 
 model: ## Search the protocol's models with spin, and have each shortcut refuted; 3 minutes; needs spin and gcc
 	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(PYTHON) tests/model/run.py $(ARGS)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from snapstore._checksum import ALGORITHM, DIGITS, checksum_around, checksums
 from snapstore._errors import SnapshotCorruptError
@@ -35,6 +35,7 @@ from snapstore._json import (
     shown,
     to_json,
 )
+from snapstore._types import Framework
 
 __all__ = [
     "FORMAT_VERSION",
@@ -58,6 +59,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+FRAMEWORKS = get_args(Framework)
 MAX_HEADER_BYTES = 100_000_000
 """Bound of the JSON part; safetensors' own."""
 
@@ -385,6 +387,8 @@ def _facts_of(metadata: Mapping[str, str]) -> Facts:
     wrong = (metadata.keys() - {_TENSORS}) ^ _KEYS
     if wrong:
         raise SnapshotCorruptError(f"__metadata__ lacks, or has and should not have: {shown(sorted(wrong))}")
+    if metadata[_FRAMEWORK] not in FRAMEWORKS:
+        raise SnapshotCorruptError(f"{_FRAMEWORK} is {shown(metadata[_FRAMEWORK])}, none of {FRAMEWORKS}")
     return Facts(
         request_id=metadata[_REQUEST],
         token_count=_whole(metadata, _TOKENS),

@@ -30,7 +30,7 @@ def read_header(files: FileSystem, fd: int) -> Header:
     size = header_size(bytes(prefix[:count]), file_size)
     raw = bytearray(size)
     count = read_exactly(files, fd, memoryview(raw), 0)
-    return decode_header(bytes(raw[:count]), file_size)
+    return decode_header(memoryview(raw)[:count], file_size)
 
 
 def fresh_memory(header: Header) -> memoryview:

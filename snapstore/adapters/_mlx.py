@@ -114,6 +114,14 @@ def _array_of(spec: TensorSpec, source: memoryview, *, on_gpu: bool) -> mx.array
         where = " on the GPU" if dtype is not None else ""
         why = f"mlx has no {spec.dtype}{where}; load with framework='torch', or with device='cpu'"
         raise unsupported(spec.name, why, verb="loaded")
+    try:
+        return _filled(dtype, spec, source)
+    except OverflowError as error:  # an extent of 2**31 or more
+        why = f"{error} Load with framework='torch'"
+        raise unsupported(spec.name, why, verb="loaded") from error
+
+
+def _filled(dtype: mx.Dtype, spec: TensorSpec, source: memoryview) -> mx.array:
     if not len(source):
         return mx.zeros(spec.shape, dtype)
     # Bits, not numbers, all the way; on the CPU, where every dtype is known. The memory is the same.

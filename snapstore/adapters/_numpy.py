@@ -90,7 +90,7 @@ class NumpyAdapter:
                 f"numpy arrays live on the cpu, not on {device!r}: load with framework='torch' for a device"
             )
         return {
-            spec.name: np.ndarray(spec.shape, _dtype_for(spec), buffer, offset)
+            spec.name: _array_of(spec, buffer, offset)
             for spec, offset in zip(layout.specs, layout.offsets, strict=True)
         }
 
@@ -141,6 +141,16 @@ def _dtype_for(spec: TensorSpec) -> np.dtype[Any]:
         )
         raise unsupported(spec.name, why, verb="loaded")
     return dtype
+
+
+def _array_of(spec: TensorSpec, buffer: memoryview, offset: int) -> _Array:
+    dtype = _dtype_for(spec)
+    try:
+        array: _Array = np.ndarray(spec.shape, dtype, buffer, offset)
+    except ValueError as error:  # more axes than it has
+        why = f"{error}; load with framework='torch'"
+        raise unsupported(spec.name, why, verb="loaded") from error
+    return array
 
 
 def _bytes_of(array: _Array) -> memoryview:

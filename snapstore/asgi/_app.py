@@ -114,7 +114,7 @@ class _Views:
 
     async def metrics(self, request: Request) -> Response:
         """In the format that the scraper prefers; never blocks."""
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        encode, content_type = _encoder_for(request.headers.get("accept", ""))
         return Response(encode(self._registry), headers={"Content-Type": content_type})
 
     async def stats(self, _: Request) -> Response:
@@ -144,6 +144,14 @@ class _Views:
         """Forget every request."""
         check_token(request, self._token)
         return as_json(await self._source.cleanup(None, timeout_of(request)))
+
+
+def _encoder_for(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+    """The format that is asked for; the plain one where prometheus_client stumbles over the version."""
+    try:
+        return choose_encoder(accept)
+    except (TypeError, ValueError):
+        return choose_encoder("")
 
 
 def _file_answer(request: Request, stream: Stream) -> Response:
