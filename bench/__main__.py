@@ -17,7 +17,7 @@ from pathlib import Path
 from bench._measure import Figure, environment
 from bench._report import STANDARD_OUTPUT, plot, table, write_json
 
-WORKLOADS = ("save", "drain", "load", "abort", "stall", "scale", "soak", "device")
+WORKLOADS = ("save", "drain", "load", "abort", "stall", "scale", "soak", "device", "remote")
 BY_DEFAULT = ("save", "drain", "load", "abort", "stall", "scale")
 
 

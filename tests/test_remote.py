@@ -13,9 +13,9 @@ import numpy as np
 import obstore
 import pytest
 from helpers import assert_same, tensors
-from object_stores import BUCKET, Moto, SeaweedFS, options_for, running
 from remotes import Nodes, failing, held_back, new_memory_url, warm_up
 
+from bench._object_stores import BUCKET, Moto, SeaweedFS, options_for, running
 from snapstore import (
     RemoteUnavailableError,
     SaveCancelledError,

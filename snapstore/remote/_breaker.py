@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 FAILURES = 3
 PAUSE_S = 0.25
-MOST_PAUSE_S = 15.0
+MOST_PAUSE_S = 5.0
 
 
 class Breaker:

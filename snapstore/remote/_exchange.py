@@ -172,6 +172,8 @@ class Exchange:
     def _change_cached(self, event: Publish, binding: Binding) -> frozenset[str]:
         """``_change``, from the manifest that this node wrote last, if nobody else may have written since."""
         cached, binding.seen = binding.seen, None
+        if cached is None and event.may_begin and self._objects.swaps:
+            cached = Seen(None, None)  # most requests are new, and a put-if-absent is as good as a look
         seen = cached or self._objects.read_manifest(event.request_id)
         try:
             dropped, after = self._change(event, seen)

@@ -21,8 +21,12 @@ from snapstore.remote._manifest import Entry, RemoteLife
 from snapstore.remote._objects import ObjectStore
 from snapstore.remote._pool import Kind, Pool, Task
 
-PART_BYTES = 8 * 1024 * 1024
+FIRST_BYTES = 1024 * 1024
+PART_BYTES = 16 * 1024 * 1024
+"""The first part is small: while the others are on their way, its header tells what memory to get ready for them."""
+
 _PREFIX_BYTES = 8
+_HUGE_PAGE_BYTES = 2 * 1024 * 1024
 
 _R = TypeVar("_R")
 
@@ -91,10 +95,8 @@ class RangedFetch:
         self.pool.put(Task(Kind.LOCAL, work, lambda _: self.state.end_fetch(life)))
 
     def _read(self, entry: Entry, memory: Callable[[Header], memoryview], *, verify: bool) -> Parts:
-        bounds = [
-            (start, min(start + PART_BYTES, entry.nbytes))
-            for start in range(0, max(entry.nbytes, 1), PART_BYTES)
-        ]
+        starts = [0, *range(min(FIRST_BYTES, PART_BYTES), entry.nbytes, PART_BYTES)]
+        bounds = list(zip(starts, [*starts[1:], entry.nbytes], strict=True))
         wanted = [
             ask(self.pool, functools.partial(self._part, entry.name, *each), each[1] - each[0])
             for each in bounds
@@ -104,6 +106,9 @@ class RangedFetch:
             header = self._header(wanted, chunks, entry)
             facts = check_identity(header, self.key, entry.generation)
             target = memory(header)
+            target[::_HUGE_PAGE_BYTES] = bytes(
+                len(target[::_HUGE_PAGE_BYTES])
+            )  # faults it in while others travel
             for start, chunk in _offsets(self._arriving(wanted, chunks)):
                 _place(chunk, start - header.data_offset, target)
         except BaseException:

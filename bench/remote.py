@@ -1,0 +1,121 @@
+"""``remote``: publish to and fetch from an object store on loopback. Limit: obstore alone, with the bytes at hand."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack
+from time import perf_counter, sleep
+from typing import Any
+
+import obstore
+from obstore.store import from_url
+
+from bench._measure import LIMIT, SNAPSTORE, Case, Contender, Figure
+from bench._object_stores import BUCKET, SeaweedFS, options_for, running
+from bench._work import MiB, fresh_folder, fresh_store, numpy_tensors
+from snapstore import SnapshotStore
+
+ROOM = {"max_pending_jobs": 1000, "max_pending_bytes": 4096 * MiB}
+SIZES = {"16 MiB in 48": (48, 16 * MiB), "256 MiB in 64": (64, 256 * MiB)}
+
+
+def run(*, quick: bool) -> Iterator[tuple[Case, list[Figure]]]:
+    """One snapshot at a time, there and back; then what a save costs with and without a remote store."""
+    with ExitStack() as stack:
+        server = stack.enter_context(running(SeaweedFS(stack.enter_context(fresh_folder()) / "server")))
+        url, options = f"s3://{BUCKET}/{secrets.token_hex(4)}", options_for(server.endpoint)
+        client = from_url(url, **options)
+        for size, (count, nbytes) in SIZES.items():
+            rounds = (4 if quick else 20) if nbytes < 100 * MiB else (2 if quick else 5)
+            with ExitStack() as inner:
+                remote = {"remote": url, "remote_options": options, **ROOM}
+                publisher = inner.enter_context(fresh_store(remote_policy="on_publish", **remote))
+                reader = inner.enter_context(fresh_store(max_session_bytes=1, **remote))
+                tensors = numpy_tensors(count, nbytes)
+                publishing = _publishing(client, publisher, tensors)
+                yield _measured(Case("remote", f"publish {size}", publishing, rounds, 1, "<= 1.11 x limit"))
+                fetching = _fetching(client, publisher, reader, tensors)
+                yield _measured(Case("remote", f"fetch {size}", fetching, rounds, 1, "<= 1.11 x limit"))
+    with ExitStack() as stack:
+        saving = _saving(stack, numpy_tensors(48, 16 * MiB))
+        yield _measured(Case("remote", "save 16 MiB in 48", saving, 15 if quick else 100, goal="= limit"))
+
+
+def _measured(case: Case) -> tuple[Case, list[Figure]]:
+    return case, case.run()
+
+
+def _publishing(client: Any, store: SnapshotStore, tensors: dict[str, Any]) -> dict[str, Contender]:
+    """From the file of a committed snapshot until other nodes see it; the limit uploads the same bytes from memory."""
+    numbers = itertools.count(1)
+    raw = store.save("sized", 0, tensors).result(60).path.read_bytes()
+
+    def limit() -> float:
+        name = f"limit/{next(numbers)}"
+        took_s = _timed(lambda: obstore.put(client, name, raw))
+        obstore.delete(client, name)
+        return took_s
+
+    def ours() -> float:
+        request = f"request-{next(numbers)}"
+        store.save(request, 1, tensors).result(60)
+        took_s = _timed(lambda: store.publish(request, timeout_s=120))
+        store.cleanup_request(request)
+        while store.stats().remote.endings:  # type: ignore[union-attr]
+            sleep(0.005)  # what is deleted is not to be in the way of the next round
+        return took_s
+
+    return {LIMIT: limit, SNAPSTORE: ours}
+
+
+def _fetching(
+    client: Any, publisher: SnapshotStore, reader: SnapshotStore, tensors: dict[str, Any]
+) -> dict[str, Contender]:
+    """Until tensors of the caller's own are there, compared with their checksums. Nothing is kept on the local disk."""
+    (info,) = publisher.publish(publisher.save("fetched", 1, tensors).key.request_id, timeout_s=120)
+    obstore.put(client, "limit/fetched", info.path.read_bytes())
+
+    def limit() -> float:
+        return _timed(lambda: obstore.get(client, "limit/fetched").bytes())
+
+    def ours() -> float:
+        return _timed(lambda: reader.load("fetched", 1))
+
+    return {LIMIT: limit, SNAPSTORE: ours}
+
+
+def _saving(stack: ExitStack, tensors: dict[str, Any]) -> dict[str, Contender]:
+    """The calling thread's time; each is published, where it is to be, before the next round."""
+    contenders: dict[str, Contender] = {}
+    for name, options in {
+        LIMIT: {},
+        f"{SNAPSTORE} on_publish": {"remote_policy": "on_publish"},
+        f"{SNAPSTORE} on_commit": {"remote_policy": "on_commit"},
+    }.items():
+        remote = {"remote": f"memory://bench-{name}", **options} if options else {}
+        contenders[name] = _saver(stack.enter_context(fresh_store(**ROOM, **remote)), tensors)
+    return contenders
+
+
+def _saver(store: SnapshotStore, tensors: dict[str, Any]) -> Contender:
+    numbers = itertools.count(1)
+
+    def save() -> float:
+        started_s = perf_counter()
+        ticket = store.save(f"request-{next(numbers)}", 1, tensors)
+        took_s = perf_counter() - started_s
+        ticket.result(60)
+        if store.options.remote_policy == "on_commit":
+            ticket.wait_published(60)
+        store.cleanup_request(ticket.key.request_id)
+        return took_s
+
+    return save
+
+
+def _timed(act: Any) -> float:
+    started_s = perf_counter()
+    act()
+    return perf_counter() - started_s
