@@ -18,6 +18,7 @@ from typing import Any
 from snapstore._arguments import check_token_count, checked_key, checked_request_id, timeout_or
 from snapstore._committed import gone
 from snapstore._detach import move_out
+from snapstore._door import Tier
 from snapstore._engine import Engine
 from snapstore._errors import ShutdownTimeoutError, SnapshotNotFoundError
 from snapstore._files import FileSystem
@@ -168,11 +169,9 @@ class SnapshotStore:
         try:
             (tensors, metadata_json), source = self._load_here(key, loader)
         except SnapshotNotFoundError:
-            tier, verify = self._engine.remote, self._options.verify_on_load
-            if tier is None:
+            if self._engine.remote is None:
                 raise
-            tensors, metadata_json = loader.from_remote(self._state, tier, key, verify=verify)
-            source = "remote"
+            (tensors, metadata_json), source = self._load_there(self._engine.remote, key, loader)
         self._state.note(f"load_{source}", self._engine.monotonic_s() - started_s)
         return Snapshot(key, tensors, decode_metadata(metadata_json), source)
 
@@ -191,6 +190,15 @@ class SnapshotStore:
                 missing = (
                     found  # a cleanup or a later save may have come between the look and the open: look again
                 )
+
+    def _load_there(self, tier: Tier, key: SnapshotKey, loader: Loader) -> tuple[Loaded, Source]:
+        try:
+            verify = self._options.verify_on_load
+            return loader.from_remote(self._state, tier, key, verify=verify), "remote"
+        except SnapshotNotFoundError:
+            if not self._state.has(key):
+                raise
+            return self._load_here(key, loader)  # saved here meanwhile, and so in place of what was there
 
     # -- look ---------------------------------------------------------------------------------------------------
 

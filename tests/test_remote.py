@@ -377,7 +377,7 @@ class TestLateArrivals:
         assert b.shutdown().clean and b.stats().accepted == 1
 
     def test_a_save_that_comes_while_it_is_on_its_way_wins_here(self, nodes, monkeypatch):
-        a, b = nodes("a"), nodes("b")
+        a, b = nodes("a"), nodes("b", remote_policy="on_publish")
         a.save("request", 1, tensors(1)).wait_published(5)
         loaded = []
         thread = threading.Thread(target=lambda: loaded.append(b.load("request", 1)))
@@ -389,6 +389,19 @@ class TestLateArrivals:
         assert_same(loaded[0], tensors(1))
         b.flush()
         assert_same(b.load("request", 1), tensors(2))
+
+    def test_what_was_saved_here_in_place_of_what_was_on_its_way_is_loaded(self, nodes, monkeypatch):
+        a, b = nodes("a"), nodes("b")
+        a.save("request", 1, tensors(1)).wait_published(5)
+        loaded = []
+        thread = threading.Thread(target=lambda: loaded.append(b.load("request", 1)))
+        with held_back(monkeypatch, "get", is_manifest) as gate:
+            thread.start()
+            assert gate.reached.wait(5)
+            a.cleanup_request("request")
+            assert b.save("request", 1, tensors(2)).wait_published(5)
+        thread.join(5)
+        assert_same(loaded[0], tensors(2))
 
     def test_nodes_at_once_end_in_one_life_that_loads(self, nodes):
         stores = [nodes(name) for name in "abc"]
