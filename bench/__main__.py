@@ -2,7 +2,8 @@
 
 python -m bench                       every workload
 python -m bench save abort --quick    some, each as short as it still means something
-python -m bench --json results.json --plot pictures/
+python -m bench --results             every workload; figures, pictures and the page into bench/results/
+python -m bench report                the page and the README's table once more, from the figures there
 """
 
 from __future__ import annotations
@@ -14,29 +15,29 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from bench._goals import fill_in, page
 from bench._measure import Figure, environment
-from bench._report import STANDARD_OUTPUT, plot, table, write_json
+from bench._report import STANDARD_OUTPUT, plot, read_json, table, write_json
 
 WORKLOADS = ("save", "drain", "load", "abort", "stall", "scale", "soak", "device", "remote")
-BY_DEFAULT = ("save", "drain", "load", "abort", "stall", "scale")
+BY_DEFAULT = WORKLOADS[:-2]
+REPORT = "report"
+CHECKOUT = Path(__file__).resolve().parents[1]
+RESULTS = CHECKOUT / "bench" / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run workloads and print their tables; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of snapstore.")
-    parser.add_argument("workloads", nargs="*", help=f"any of {', '.join(WORKLOADS)}")
-    parser.add_argument("--list", action="store_true", help="list the workloads and end")
-    parser.add_argument("--quick", action="store_true", help="each as short as it still means something")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the figures there too; -: on stdout alone"
-    )
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw a picture a workload there")
+    parser = _parser()
     chosen = parser.parse_args(arguments)
-    unknown = set(chosen.workloads) - set(WORKLOADS)
+    unknown = set(chosen.workloads) - {*WORKLOADS, REPORT}
     if unknown:
         parser.error(f"no workload {', '.join(sorted(unknown))}; there are {', '.join(WORKLOADS)}")
     if chosen.list:
         print(*(f"{name:10}{_purpose(name)}" for name in WORKLOADS), sep="\n")
+        return 0
+    if chosen.workloads == [REPORT]:
+        _report(RESULTS)
         return 0
     machine = environment()
     with redirect_stdout(sys.stderr if chosen.json == STANDARD_OUTPUT else sys.stdout):
@@ -46,7 +47,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(*(f"drawn: {path}" for path in plot(chosen.plot, machine, figures)), sep="\n")
     if chosen.json:
         write_json(chosen.json, machine, figures)
+    if chosen.results:
+        write_json(RESULTS / "results.json", machine, figures)
+        plot(RESULTS, machine, figures)
+        _report(RESULTS)
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of snapstore.")
+    names = f"any of {', '.join(WORKLOADS)}; or {REPORT}"
+    parser.add_argument("workloads", nargs="*", help=names)
+    parser.add_argument("--list", action="store_true", help="list the workloads and end")
+    parser.add_argument("--quick", action="store_true", help="each as short as it still means something")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures there too; -: on stdout alone"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw a picture a workload there")
+    parser.add_argument(
+        "--results",
+        action="store_true",
+        help="figures, pictures and page into bench/results/, README's table",
+    )
+    return parser
 
 
 def _run(workload: str, *, quick: bool) -> list[Figure]:
@@ -55,6 +78,14 @@ def _run(workload: str, *, quick: bool) -> list[Figure]:
         print(table(found, {(case.workload, case.name): case.goal}), flush=True)
         figures += found
     return figures
+
+
+def _report(folder: Path) -> None:
+    machine, figures = read_json(folder / "results.json")
+    (folder / "results.md").write_text(page(machine, figures) + "\n")
+    print(f"written: {folder / 'results.md'}")
+    if fill_in(CHECKOUT / "README.md", machine, figures):
+        print("written: the figures in README.md")
 
 
 def _purpose(workload: str) -> str:

@@ -5,16 +5,27 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from time import perf_counter
+from typing import Literal
 
 Contender = Callable[[], float]
 """One measured round: does the work, with what must surround it, and gives the seconds that count."""
+
+Unit = Literal["s", "B", "count"]
+
+_BUDGET_S = {False: 6.0, True: 0.5}
+_FEWEST_ROUNDS = 3
+"""A case stops after so long, quick or not, but not before so many rounds: the whole takes minutes on any machine."""
 
 LIMIT = "limit"
 SNAPSTORE = "snapstore"
@@ -22,7 +33,7 @@ SNAPSTORE = "snapstore"
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One contender's rounds in one case of a workload. Seconds, unless the case says otherwise."""
+    """One contender's rounds in one case of a workload."""
 
     workload: str
     case: str
@@ -33,6 +44,12 @@ class Figure:
     highest: float
     to_limit: float | None
     """Median of the ratios to the limit, round by round."""
+    unit: Unit = "s"
+
+    @staticmethod
+    def one(workload: str, case: str, contender: str, value: float, unit: Unit) -> Figure:
+        """What is measured once."""
+        return Figure(workload, case, contender, 1, value, value, value, None, unit)
 
 
 @dataclass(slots=True)
@@ -45,12 +62,16 @@ class Case:
     rounds: int
     warm_up: int = 2
     goal: str = ""
+    quick: bool = False
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def run(self) -> list[Figure]:
-        """Every contender once a round, in turn; the first rounds are not counted."""
+        """Every contender once a round, in turn; the first rounds are not counted, and the last may fall to time."""
         self.seconds = {name: [] for name in self.contenders}
+        end_s = perf_counter() + _BUDGET_S[self.quick]
         for number in range(-self.warm_up, self.rounds):
+            if number >= _FEWEST_ROUNDS and perf_counter() > end_s:
+                break
             for name, contender in self.contenders.items():
                 took_s = contender()
                 if number >= 0:
@@ -100,8 +121,6 @@ def hungry_thread() -> Iterator[None]:
 @contextmanager
 def ticker(gaps_s: list[float], period_s: float = 0.0005) -> Iterator[None]:
     """A thread that notes how much later than asked it woke each time: what others' calls cost it."""
-    from time import perf_counter
-
     end = threading.Event()
 
     def tick() -> None:
@@ -122,14 +141,38 @@ def ticker(gaps_s: list[float], period_s: float = 0.0005) -> Iterator[None]:
 
 def environment() -> dict[str, str]:
     """What the figures hold for: machine, Python, packages, disk."""
-    packages = ("snapstore", "numpy", "torch", "mlx", "safetensors", "xxhash")
+    packages = ("snapstore", "numpy", "torch", "mlx", "safetensors", "xxhash", "diskcache")
     found = {name: _version(name) for name in packages}
     return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": _commit(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors, {_model()}",
         "kernel": platform.release(),
+        "disk": _disk(),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "python": sys.version.split()[0],
         **{name: version for name, version in found.items() if version},
     }
+
+
+def _disk() -> str:
+    """File system and device of the folder that is measured in."""
+    folder = os.path.realpath(os.environ.get("SNAPSTORE_BENCH_DIR") or tempfile.gettempdir())
+    try:
+        mounts = [line.split()[:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return "unknown"
+    above = [each for each in mounts if os.path.commonpath([folder, each[1]]) == each[1]]
+    device, _, kind = max(above, key=lambda each: len(each[1]))
+    return f"{kind} on {device}"
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _version(name: str) -> str:

@@ -18,6 +18,7 @@ LOADS = {
     "512 x 256 KiB": (512, 256 * KiB, 48),
     "8 x 256 MiB": (8, 256 * MiB, 64),
 }
+QUICK = {"8 x 16 MiB": (8, 16 * MiB, 48), "64 x 256 KiB": (64, 256 * KiB, 48)}
 ROOM = {"max_pending_jobs": 1000, "max_pending_bytes": 4096 * MiB, "save_timeout_s": 60}
 GOALS = {"64 x 16 MiB": "raw / drain >= 1.0", "512 x 256 KiB": "raw / drain >= 0.8"}
 
@@ -25,12 +26,10 @@ GOALS = {"64 x 16 MiB": "raw / drain >= 1.0", "512 x 256 KiB": "raw / drain >= 0
 def run(*, quick: bool) -> Iterator[tuple[Case, list[Figure]]]:
     """Per load the page cache; for the first, each durability."""
     rounds = 3 if quick else 9
-    for load, (files, nbytes, count) in LOADS.items():
-        if quick and load == "8 x 256 MiB":
-            continue
+    for load, (files, nbytes, count) in (QUICK if quick else LOADS).items():
         with ExitStack() as stack:
             contenders: dict[str, Contender] = {LIMIT: _raw(stack, files, nbytes)}
-            for durability in ("none", "data", "full") if load == "64 x 16 MiB" and not quick else ("none",):
+            for durability in ("none", "data", "full") if load == "64 x 16 MiB" else ("none",):
                 contenders[f"{SNAPSTORE}, durability {durability}"] = _drain(
                     stack, files, nbytes, count, durability
                 )
@@ -38,7 +37,7 @@ def run(*, quick: bool) -> Iterator[tuple[Case, list[Figure]]]:
                 stack, files, nbytes, count, "none", checksum=False
             )
             contenders["safetensors save_file"] = _save_file(stack, files, torch_tensors(count, nbytes))
-            case = Case("drain", load, contenders, rounds, warm_up=1, goal=GOALS.get(load, ""))
+            case = Case("drain", load, contenders, rounds, warm_up=1, goal=GOALS.get(load, ""), quick=quick)
             yield case, case.run()
 
 

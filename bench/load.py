@@ -17,6 +17,7 @@ import numpy as np
 from bench._measure import LIMIT, SNAPSTORE, Case, Contender, Figure
 from bench._work import KiB, MiB, fresh_store, mlx_tensors, numpy_tensors, torch_tensors
 from snapstore import SnapshotStore
+from snapstore._memory import allocate
 from snapstore.testing import FaultyFileSystem
 
 SIZES = {"64 MiB in 64": (64, 64 * MiB), "16 MiB in 48": (48, 16 * MiB), "256 KiB in 48": (48, 256 * KiB)}
@@ -27,18 +28,30 @@ def run(*, quick: bool) -> Iterator[tuple[Case, list[Figure]]]:
     """Per size: pending, warm, and cold where the page cache can be told to forget a file."""
     rounds = 9 if quick else 40
     for size, (count, nbytes) in SIZES.items():
+        if quick and nbytes > 16 * MiB:
+            continue
         with ExitStack() as stack:
             case = Case(
-                "load", f"{size}, warm disk", _from_disk(stack, count, nbytes), rounds, goal="<= 1.3 x limit"
+                "load",
+                f"{size}, warm disk",
+                _from_disk(stack, count, nbytes),
+                rounds,
+                goal="<= 1.3 x limit",
+                quick=quick,
             )
             yield case, case.run()
         with ExitStack() as stack:
             contenders = _from_disk(stack, count, nbytes, cold=True)
-            case = Case("load", f"{size}, cold disk", contenders, max(3, rounds // 4), warm_up=1)
+            case = Case("load", f"{size}, cold disk", contenders, max(3, rounds // 4), warm_up=1, quick=quick)
             yield case, case.run()
         with ExitStack() as stack:
             case = Case(
-                "load", f"{size}, pending", _from_memory(stack, count, nbytes), rounds, goal="<= 1.1 x limit"
+                "load",
+                f"{size}, pending",
+                _from_memory(stack, count, nbytes),
+                rounds,
+                goal="<= 1.1 x limit",
+                quick=quick,
             )
             yield case, case.run()
 
@@ -47,7 +60,7 @@ def _from_disk(stack: ExitStack, count: int, nbytes: int, *, cold: bool = False)
     import safetensors.torch
 
     contenders: dict[str, Contender] = {}
-    kept = memoryview(bytearray(nbytes + 64 * KiB))
+    kept = allocate(nbytes + 64 * KiB)
     path = Path()
     for framework, tensors in FRAMEWORKS.items():
         store = stack.enter_context(fresh_store())

@@ -1,4 +1,7 @@
-"""``save``: what a snapshot costs the calling thread. Limit: one memcpy of the bytes into warm memory."""
+"""``save``: what a snapshot costs the calling thread. Limit: one memcpy of the bytes into warm memory.
+
+Beside it the same bytes array by array, which is what a copy of tensors costs: each has pages of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from bench._measure import LIMIT, SNAPSTORE, Case, Contender, Figure, hungry_thread
+from bench._peers import disk_cache, mlx_save, sglang_file
 from bench._work import KiB, MiB, fresh_folder, fresh_store, mlx_tensors, numpy_tensors, torch_tensors
 from snapstore import SnapshotStore
 
@@ -30,6 +34,8 @@ def run(*, quick: bool) -> Iterator[tuple[Case, list[Figure]]]:
     """Idle; with the writer busy; beside a thread that hungers for the GIL."""
     rounds = 15 if quick else 100
     for size, (count, nbytes) in SIZES.items():
+        if quick and count > 48:
+            continue
         with ExitStack() as stack:
             yield _measured(
                 Case(
@@ -38,19 +44,19 @@ def run(*, quick: bool) -> Iterator[tuple[Case, list[Figure]]]:
                     _contenders(stack, count, nbytes),
                     rounds,
                     goal=GOALS.get(size, ""),
+                    quick=quick,
                 )
             )
     for size in ("16 MiB in 48", "256 KiB in 48"):
         with ExitStack() as stack:
             contenders = _ours(stack, *SIZES[size])
             with hungry_thread():
-                case = Case(
-                    "save", f"{size}, beside a GIL-hungry thread", contenders, rounds, goal="<= 3 x idle"
-                )
+                name = f"{size}, beside a GIL-hungry thread"
+                case = Case("save", name, contenders, rounds, goal="<= 3 x idle", quick=quick)
                 yield _measured(case)
         with ExitStack() as stack:
             contenders = _ours(stack, *SIZES[size], settle=False)
-            yield _measured(Case("save", f"{size}, writer busy", contenders, min(rounds, 24)))
+            yield _measured(Case("save", f"{size}, writer busy", contenders, min(rounds, 24), quick=quick))
 
 
 def _measured(case: Case) -> tuple[Case, list[Figure]]:
@@ -58,7 +64,28 @@ def _measured(case: Case) -> tuple[Case, list[Figure]]:
 
 
 def _contenders(stack: ExitStack, count: int, nbytes: int) -> dict[str, Contender]:
-    return {**_ours(stack, count, nbytes), **_peers(stack, torch_tensors(count, nbytes))}
+    return {
+        **_ours(stack, count, nbytes),
+        "array by array": _array_by_array(count, nbytes),
+        **_peers(stack, torch_tensors(count, nbytes)),
+        **mlx_save(stack, mlx_tensors(count, nbytes)),
+        **disk_cache(stack, numpy_tensors(count, nbytes)),
+        **sglang_file(stack, torch_tensors(count, nbytes)),
+    }
+
+
+def _array_by_array(count: int, nbytes: int) -> Contender:
+    """One memcpy a tensor, and nothing else."""
+    arrays = list(numpy_tensors(count, nbytes).values())
+    size = arrays[0].nbytes
+    target = np.zeros(nbytes, np.uint8)
+    places = [(target[i * size : (i + 1) * size], each.view(np.uint8)) for i, each in enumerate(arrays)]
+
+    def copy() -> None:
+        for place, source in places:
+            np.copyto(place, source)
+
+    return lambda: _timed(copy)
 
 
 def _ours(stack: ExitStack, count: int, nbytes: int, *, settle: bool = True) -> dict[str, Contender]:
@@ -69,10 +96,10 @@ def _ours(stack: ExitStack, count: int, nbytes: int, *, settle: bool = True) -> 
     for framework, tensors in made.items():
         store = stack.enter_context(fresh_store(max_pending_jobs=1000, max_pending_bytes=4096 * MiB))
         contenders[f"{SNAPSTORE} {framework}"] = _saver(store, tensors(count, nbytes), settle=settle)
-    store = stack.enter_context(fresh_store())
-    contenders[f"{SNAPSTORE} torch, borrow"] = _saver(
-        store, torch_tensors(count, nbytes), borrow=True, settle=True
-    )
+    for framework in ("numpy", "torch"):
+        store = stack.enter_context(fresh_store())
+        lent = made[framework](count, nbytes)
+        contenders[f"{SNAPSTORE} {framework}, borrow"] = _saver(store, lent, borrow=True, settle=True)
     return contenders
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 ALGORITHM = "xxh3_64"
 DIGITS = 16
+
+Piece = tuple[memoryview, bool]
+"""Bytes of one segment, and whether it ends with them."""
 
 _SLICE_BYTES = 64 * 1024
 """xxhash releases the GIL for more than this. A slice takes 2 to 10 us."""
@@ -27,6 +30,23 @@ def checksums(segments: Iterable[memoryview]) -> str:
     for segment in segments:
         sums.add(segment, ends=True)
     return sums.digits
+
+
+def in_chunks(segments: Iterable[memoryview], chunk_bytes: int) -> Iterator[list[Piece]]:
+    """Segments cut and grouped, in order: each chunk but the last has ``chunk_bytes``."""
+    chunk: list[Piece] = []
+    room = chunk_bytes
+    for segment in segments:
+        start, nbytes = 0, len(segment)
+        while nbytes - start > room:
+            chunk.append((segment[start : start + room], False))
+            start += room
+            yield chunk
+            chunk, room = [], chunk_bytes
+        chunk.append((segment[start:] if start else segment, True))
+        room -= nbytes - start
+    if chunk:
+        yield chunk
 
 
 class Checksums:
@@ -53,6 +73,11 @@ class Checksums:
         if ends:
             self._digits.append(digest.hexdigest())
             self._begun = None
+
+    def add_all(self, pieces: Iterable[Piece]) -> None:
+        """The next ones, in order."""
+        for piece, ends in pieces:
+            self.add(piece, ends=ends)
 
     @property
     def digits(self) -> str:

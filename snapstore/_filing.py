@@ -5,17 +5,14 @@ The header holds the checksums and stands at the beginning, so the first chunk w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from snapstore._checksum import DIGITS, Checksums
+from snapstore._checksum import DIGITS, Checksums, in_chunks
 from snapstore._files import FileSystem, write_all
 from snapstore._format import Facts, Layout, encode_header
 
 CHUNK_BYTES = 2 * 1024 * 1024
 """Less than a millisecond of hashing and writing into the page cache; a cancelled write stops within one."""
-
-_Piece = tuple[memoryview, bool]
-"""Bytes of one tensor, and whether it ends with them."""
 
 
 def write_snapshot(
@@ -38,12 +35,11 @@ def write_snapshot(
     offset = len(encode_header(layout, facts, digits))
     files.reserve(fd, offset + layout.nbytes)
     first: list[memoryview] | None = None
-    for chunk in _chunks((segments[index] for index in layout.file_order), CHUNK_BYTES):
+    for chunk in in_chunks((segments[index] for index in layout.file_order), CHUNK_BYTES):
         if not go_on():
             return False
         if sums is not None:
-            for piece, ends in chunk:
-                sums.add(piece, ends=ends)
+            sums.add_all(chunk)
         pieces = [piece for piece, _ in chunk]
         if first is None:
             first = pieces
@@ -55,20 +51,3 @@ def write_snapshot(
     header = encode_header(layout, facts, sums.digits if sums is not None else None)
     write_all(files, fd, [memoryview(header), *(first or ())], 0)
     return True
-
-
-def _chunks(segments: Iterable[memoryview], chunk_bytes: int) -> Iterator[list[_Piece]]:
-    """Cut and group, in order: each chunk but the last has ``chunk_bytes``."""
-    chunk: list[_Piece] = []
-    room = chunk_bytes
-    for segment in segments:
-        start, nbytes = 0, len(segment)
-        while nbytes - start > room:
-            chunk.append((segment[start : start + room], False))
-            start += room
-            yield chunk
-            chunk, room = [], chunk_bytes
-        chunk.append((segment[start:] if start else segment, True))
-        room -= nbytes - start
-    if chunk:
-        yield chunk

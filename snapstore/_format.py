@@ -29,10 +29,12 @@ from snapstore._json import (
     MAX_METADATA_BYTES,
     decode_metadata,
     encode_metadata,
+    header_text,
     is_utf8,
     kind_of,
     parse_header,
     shown,
+    split_header,
     to_json,
 )
 from snapstore._types import Framework
@@ -160,6 +162,8 @@ _KEYS = frozenset({_SEAL, _FORMAT, _REQUEST, _TOKENS, _GENERATION, _FRAMEWORK, _
 
 _OPENING = f'{{"__metadata__":{{"{_SEAL}":"'.encode()
 _SEAL_AT = _PREFIX.size + len(_OPENING)
+_FIRST = '{"__metadata__":'
+_REMEMBERED_CHARACTERS = 256 * 1024
 
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 _MAX_TENSOR_BYTES = 2**63 - 1
@@ -287,18 +291,39 @@ def decode_header(raw: bytes | memoryview, file_size: int) -> Header:
     sealed = view[_PREFIX.size : _SEAL_AT] == _OPENING
     if sealed and view[_SEAL_AT : _SEAL_AT + DIGITS] != checksum_around(view, _SEAL_AT):
         raise SnapshotCorruptError("the header was altered: it does not match its checksum")
-    table = parse_header(view[_PREFIX.size :])
+    text = header_text(view[_PREFIX.size :])
+    if not sealed:
+        return Header(_foreign_layout(text, file_size - size), None, None, size)
+    said, tensors = split_header(text, len(_FIRST))
+    metadata = _strings(said)
+    _refuse_surrogates({}, metadata)
+    _check_format(metadata)
+    layout_in = _layout_in if len(tensors) <= _REMEMBERED_CHARACTERS else _layout_in.__wrapped__
+    layout = layout_in(tensors, file_size - size)
+    return Header(layout, _facts_of(metadata), _checksums_in(metadata, layout), size)
+
+
+@lru_cache(maxsize=64)
+def _layout_in(tensors: str, data_bytes: int) -> Layout:
+    """What a header of ours says of the tensors: the same at each save of the same ones, so the last are kept."""
+    table = parse_header(tensors)
+    if "__metadata__" in table:
+        raise SnapshotCorruptError(
+            "the header is not the JSON of a safetensors file: two times '__metadata__'"
+        )
+    _refuse_surrogates(table, {})
+    return _layout_of(table, data_bytes)
+
+
+def _foreign_layout(text: str, data_bytes: int) -> Layout:
+    """Of a header without a seal, which must not be one of ours."""
+    table = parse_header(text)
     metadata = _strings(table.pop("__metadata__", None))
     _refuse_surrogates(table, metadata)
-    ours = sealed or any(key.startswith(_OURS) for key in metadata)
-    if ours:
+    if any(key.startswith(_OURS) for key in metadata):
         _check_format(metadata)
-    if ours and not sealed:
         raise SnapshotCorruptError("the header was altered: it does not begin as snapstore writes it")
-    layout = _layout_of(table, file_size - size)
-    if not ours:
-        return Header(layout, None, None, size)
-    return Header(layout, _facts_of(metadata), _checksums_in(metadata, layout), size)
+    return _layout_of(table, data_bytes)
 
 
 def _strings(metadata: object) -> dict[str, str]:

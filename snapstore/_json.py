@@ -7,6 +7,8 @@ import math
 import re
 import reprlib
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from snapstore._errors import SnapshotCorruptError
@@ -20,6 +22,8 @@ _SCALARS = frozenset({type(None), bool, int, float, str})
 _JSON_TYPES = _SCALARS | {list, dict}
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 64
+_BETWEEN = re.compile(r'[ \t\n\r]*(?:,(?=[ \t\n\r]*")|(?=}))')
+"""What stands between a value and the next key, or the end of the object."""
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 to_json = json.JSONEncoder(
@@ -179,17 +183,39 @@ def _too_large() -> ValueError:
 # --- headers ---
 
 
-def parse_header(body: memoryview) -> dict[str, Any]:
-    """The object that a safetensors header is: no key twice, and no int that is not a size."""
+def header_text(body: memoryview) -> str:
+    """The JSON that a safetensors header is."""
     if bytes(body[:1]) != b"{":
         raise SnapshotCorruptError("the header does not begin with '{'")
+    with _as_corrupt():
+        return str(body, "utf-8")
+
+
+def parse_header(text: str) -> dict[str, Any]:
+    """The object that it is: no key twice, and no int that is not a size."""
+    with _as_corrupt():
+        table: dict[str, Any] = _HEADER_READER.decode(text)
+    return table
+
+
+def split_header(text: str, start: int) -> tuple[Any, str]:
+    """The value that begins at ``start``, which is that of the first key, and the text of an object of the others."""
+    with _as_corrupt():
+        value, end = _HEADER_READER.raw_decode(text, start)
+        between = _BETWEEN.match(text, end)
+        if between is None:
+            raise ValueError(f"neither a key nor the end follows character {end}")
+    return value, "{" + text[between.end() :]
+
+
+@contextmanager
+def _as_corrupt() -> Iterator[None]:
     try:
-        table: dict[str, Any] = _HEADER_READER.decode(str(body, "utf-8"))
+        yield
     except RecursionError as error:
         raise SnapshotCorruptError("the header is nested too deep") from error
     except ValueError as error:
         raise SnapshotCorruptError(f"the header is not the JSON of a safetensors file: {error}") from error
-    return table
 
 
 def is_utf8(text: str) -> bool:

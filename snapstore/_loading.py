@@ -11,7 +11,7 @@ from snapstore._door import Tier
 from snapstore._errors import SnapshotNotFoundError
 from snapstore._files import FileSystem
 from snapstore._format import Header, Layout
-from snapstore._memory import allocate, copy_bytes, segments_of
+from snapstore._memory import copy_bytes, segments_of
 from snapstore._pinned import HostBuffer
 from snapstore._reader import read_snapshot
 from snapstore._records import Commit, Job
@@ -107,7 +107,7 @@ class Loader:
 
     def _buffer(self, device: Device | None, nbytes: int) -> HostBuffer:
         if device is None:
-            return HostBuffer(allocate(nbytes), lambda: None)
+            return self._staging.lend(nbytes)
         return self._staging.host_buffer(device, nbytes)
 
     def _deliver(

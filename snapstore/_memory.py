@@ -1,12 +1,14 @@
 """Host memory that the store owns: fresh buffers, reused buffers, and the image of a snapshot in them.
 
 Measured (64 MB, warm against fresh): a host copy 13 / 26 ms, a read 18 / 70 ms; the difference is page faults. So
-staging buffers are kept and reused, and fresh ones ask for huge pages.
+buffers are kept and reused, for staging and for loads, and fresh ones ask for huge pages.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +67,13 @@ class BufferPool:
         """Keep ``buffer`` for the next ``take``. The caller holds no view of it any more."""
         if self.idle_bytes + len(buffer) <= self._keep_bytes:
             self._idle.setdefault(len(buffer), deque()).append(buffer)
+
+    def lend(self, nbytes: int) -> memoryview:
+        """A buffer for somebody else to keep: it comes back by itself when its last view is gone."""
+        buffer = self.take(nbytes)
+        lent = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+        weakref.finalize(lent, self.give_back, buffer).atexit = False
+        return memoryview(lent).cast("B")[:nbytes]
 
     def close(self) -> None:
         """Free what is idle, and keep nothing that comes back from here on."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from xxhash import xxh3_64
 
+from snapstore._checksum import Checksums, in_chunks
 from snapstore._errors import SnapshotCorruptError
 from snapstore._files import FileSystem, opened, read_exactly
 from snapstore._format import (
@@ -14,10 +15,12 @@ from snapstore._format import (
     compare_checksums,
     decode_header,
     header_size,
-    verify_checksums,
 )
 from snapstore._memory import allocate, segments_of
 from snapstore._types import SnapshotKey
+
+CHUNK_BYTES = 8 * 1024 * 1024
+"""Read, then hashed while the last cache has it; in few calls, since each lets the GIL go."""
 
 _PREFIX_BYTES = 8
 
@@ -47,12 +50,20 @@ def read_data(
     memory: Callable[[Header], memoryview] = fresh_memory,
 ) -> memoryview:
     """The data part, in ``memory``. ``SnapshotCorruptError`` if it is cut short or, with ``verify``, altered."""
-    buffer = memory(header)
-    count = read_exactly(files, fd, buffer, header.data_offset)
-    if count < header.layout.nbytes:
-        raise SnapshotCorruptError(f"the file ends after {count} of {header.layout.nbytes} bytes of tensors")
-    if verify:
-        verify_checksums(header, segments_of(header.layout, buffer))
+    layout, buffer = header.layout, memory(header)
+    segments = segments_of(layout, buffer)
+    sums = Checksums() if verify and header.checksums is not None else None
+    done = 0
+    for chunk in in_chunks((segments[index] for index in layout.file_order), CHUNK_BYTES):
+        nbytes = sum(len(piece) for piece, _ in chunk)
+        count = read_exactly(files, fd, buffer[done : done + nbytes], header.data_offset + done)
+        done += count
+        if count < nbytes:
+            raise SnapshotCorruptError(f"the file ends after {done} of {layout.nbytes} bytes of tensors")
+        if sums is not None:
+            sums.add_all(chunk)
+    if sums is not None:
+        compare_checksums(header, sums.digits)
     return buffer
 
 

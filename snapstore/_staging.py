@@ -107,6 +107,10 @@ class Staging:
                 self._state.abandon(job, error)
             raise
 
+    def lend(self, nbytes: int) -> HostBuffer:
+        """Host memory for a load to the host: the caller's own, until its last view is gone."""
+        return HostBuffer(self._pool.lend(nbytes), lambda: None)
+
     def host_buffer(self, device: Device, nbytes: int) -> HostBuffer:
         """Host memory for a load to this device, pinned if there is some."""
         self._open_lane(device)

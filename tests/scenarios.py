@@ -463,6 +463,7 @@ def runs_out_of_memory(talk: Talk, root: str) -> None:
     large = {"x": np.zeros(8 << 20, dtype=np.float64)}
     store.save("kept", 1, kept).result(PATIENCE_S)
     save(store, ("small", 1), 0).result(PATIENCE_S)
+    held = store.load("kept", 1)  # or its memory would do for the next one
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20), before[1]))
@@ -476,6 +477,7 @@ def runs_out_of_memory(talk: Talk, root: str) -> None:
     seen["charged"] = [stats.pending, stats.pending_bytes, stats.accepted - stats.committed - stats.failed]
     seen["small ones go on"] = save(store, ("small", 1), 1).result(PATIENCE_S).nbytes > 0
     resource.setrlimit(resource.RLIMIT_AS, before)
+    del held
     store.save("new", 1, large).result(PATIENCE_S)
     seen["next"] = [bool((store.load("kept", 1).tensors["x"] == kept["x"]).all()), store.has("new", 1)]
     seen["health"] = store.health().status

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import assert_same, files_below, tensors
 
@@ -119,3 +121,41 @@ def test_staging_buffers_are_reused_within_what_may_be_kept() -> None:
     assert pool.idle_bytes == len(first) >= 210_000
     pool.close()
     assert pool.idle_bytes == 0
+
+
+def test_a_lent_buffer_comes_back_with_its_last_view_and_not_before() -> None:
+    pool = BufferPool(keep_bytes=1 << 20)
+    lent = pool.lend(200_000)
+    assert len(lent) == 200_000
+    part = lent[5:7].toreadonly()
+    del lent
+    gc.collect()
+    assert pool.idle_bytes == 0
+    del part
+    gc.collect()
+    kept = pool.idle_bytes
+    assert kept >= 200_000
+    again = pool.lend(200_000)
+    assert pool.idle_bytes == 0
+    pool.close()
+    del again
+    gc.collect()
+    assert pool.idle_bytes == 0
+
+
+@pytest.mark.parametrize("when", ["pending", "committed"])
+def test_a_load_reuses_the_memory_of_one_that_is_gone_and_of_no_other(
+    root: Path, files: FaultyFileSystem, when: str
+) -> None:
+    with SnapshotStore(root, file_system=files) as store, files.pause("create", ".tmp") as gate:
+        store.save("request", 1, {"a": np.arange(50_000)})
+        if when == "committed":
+            gate.open()
+            assert store.flush(30)
+        kept = store.load("request", 1).tensors["a"][7:]
+        address = store.load("request", 1).tensors["a"].ctypes.data
+        gc.collect()
+        others = [store.load("request", 1).tensors["a"] for _ in range(3)]
+        assert [each.ctypes.data == address for each in others].count(True) == 1
+        others[0][:] = others[1][:] = others[2][:] = 9
+        assert np.array_equal(kept, np.arange(7, 50_000))

@@ -149,6 +149,32 @@ def resealed(file: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
     return sealed(json.dumps(table, separators=(",", ":")), file[size:])
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (',"a":{', ',"__metadata__":null,"a":{'),
+        (',"a":{', ',,"a":{'),
+        (',"a":{', '"a":{'),
+        (',"a":{', ':{"a":{'),
+        ("}}", "},}"),
+        ("}}", "}"),
+        ("}}", "}}}"),
+    ],
+)
+def test_a_sealed_header_is_one_object_to_its_end(old: str, new: str) -> None:
+    file = encode_header(Layout.of([TensorSpec("a", "U8", (2,))]), FACTS, None) + b"xy"
+    size = header_size(file[:8], len(file))
+    text = file[8:size].decode().rstrip(" ")
+    digits = text[len(OPENING) : len(OPENING) + 16]
+    begin, found, end = text.replace(digits, "0" * 16, 1).rpartition(old)
+    assert found
+    whole = sealed(begin + found + end, b"xy")
+    assert decode_header(whole[: len(whole) - 2], len(whole)).facts == FACTS
+    broken = sealed(begin + new + end, b"xy")
+    with pytest.raises(SnapshotCorruptError, match="JSON"):
+        decode_header(broken[: len(broken) - 2], len(broken))
+
+
 # --- round trips ---
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

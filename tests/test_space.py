@@ -603,7 +603,7 @@ def test_a_load_that_finds_no_memory_says_so_and_the_next_one_works(
         store.save("request", 2, tensors(2))
         gate.wait_reached()
         with monkeypatch.context() as patch:
-            patch.setattr("snapstore._loading.allocate", no_memory)
+            patch.setattr("snapstore._memory.BufferPool.lend", no_memory)
             for token_count in (1, 2):
                 with pytest.raises(MemoryError):
                     store.load("request", token_count)

@@ -25,7 +25,7 @@ from typing import Any
 from snapstore._errors import SnapshotCorruptError
 from snapstore._files import FileSystem, opened, read_exactly
 from snapstore._format import Header, decode_metadata
-from snapstore._json import parse_header
+from snapstore._json import header_text, parse_header
 from snapstore._reader import read_data, read_header
 from snapstore._types import JSON
 from snapstore.adapters import adapter_named
@@ -156,5 +156,5 @@ def _foreign_metadata(files: FileSystem, fd: int, header: Header) -> dict[str, s
     count = read_exactly(files, fd, memoryview(raw), 0)
     if count < len(raw):
         raise SnapshotCorruptError(f"the file was cut to {count} bytes while it was read")
-    texts: dict[str, str] = parse_header(memoryview(raw)[8:]).get("__metadata__") or {}
+    texts: dict[str, str] = parse_header(header_text(memoryview(raw)[8:])).get("__metadata__") or {}
     return texts
