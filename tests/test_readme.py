@@ -25,6 +25,11 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 Run = Callable[..., dict[str, Any]]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _client() -> None:
+    warm_up()
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """``run("def prefill", name=value)``: the block with this in it, given these names; what it defines."""
@@ -84,7 +89,6 @@ def test_blocks_are_put_and_got(run: Run) -> None:
 
 
 def test_another_node_loads_what_one_has_saved(run: Run, tmp_path: Path) -> None:
-    warm_up()
     url = new_memory_url()
     with SnapshotStore(tmp_path / "other", StoreOptions(remote=url)) as other:
         assert other.save("request", 1024, tensors(1)).wait_published(5)
