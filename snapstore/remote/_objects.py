@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,12 +65,10 @@ def connect(url: str, options: Mapping[str, Any], timeout_s: float) -> Any:
     given = dict(options)
     if url.startswith("file:"):
         return from_url(url, **{"mkdir": True, "automatic_cleanup": True, **given})
-    limits: dict[str, Any] = {
+    limits = {
         "timeout": timedelta(seconds=timeout_s),
         "connect_timeout": timedelta(seconds=min(5.0, timeout_s)),
     }
-    if os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"):
-        limits["allow_http"] = True  # obstore forgets this variable where it is given any client options
     given["client_options"] = {**limits, **(given.get("client_options") or {})}
     given.setdefault("retry_config", {"max_retries": 2, "retry_timeout": timedelta(seconds=timeout_s)})
     try:

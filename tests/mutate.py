@@ -1,0 +1,224 @@
+"""Break the code on purpose, one small change at a time, and see a test go red: ``python tests/mutate.py [target]``.
+
+Works in a copy of the tracked files, one process at a time. A mutant that no test noticed is a survivor: it is listed
+in ``trust/mutants.toml`` with the reason why it changes nothing that is promised, or this fails. A survivor is known by
+its module, its function and the change itself, so that the list outlives unrelated edits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from trust_results import record
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+REASONS = CHECKOUT / "trust" / "mutants.toml"
+SURVIVED = frozenset({0, 5, 33})
+"""What mutmut notes of a mutant under which every test passed, or that no test came near."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Modules that are mutated together, and the fast tests that guard them."""
+
+    name: str
+    modules: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+TARGETS = (
+    Target(
+        "state",
+        ("_state", "_room", "_ledger"),
+        ("state", "backpressure", "cleanup_races", "shutdown", "endings", "space", "metrics"),
+    ),
+    Target("format", ("_format",), ("format", "store")),
+    Target(
+        "writer",
+        ("_writer",),
+        ("store", "faults", "cleanup_races", "space", "logging", "shutdown", "powerloss"),
+    ),
+    Target(
+        "cleanup",
+        ("_cleanup",),
+        ("cleanup_races", "sessions", "shutdown", "space", "endings", "faults", "logging"),
+    ),
+    Target("session", ("_session",), ("sessions", "owner", "crash", "store", "powerloss")),
+)
+
+_CONFIGURATION = """
+[tool.mutmut]
+source_paths = ["snapstore"]
+only_mutate = {modules}
+pytest_add_cli_args_test_selection = {tests}
+pytest_add_cli_args = ["-p", "no:cacheprovider", "-x", "--timeout=12"]
+also_copy = {copied}
+use_git_change_detection = false
+track_dependencies = false
+timeout_multiplier = 4.0
+timeout_constant = 5.0
+"""
+_IN_CHILDREN = """import os
+if os.environ.get("MUTANT_UNDER_TEST") == "stats":  # a child of a test has no part in mutmut's own counting
+    os.environ["MUTANT_UNDER_TEST"] = ""
+"""
+_WITHOUT_SHRINKING = """
+
+from hypothesis import Phase  # a mutant is found; which example is the smallest is of no interest
+
+settings.register_profile(
+    "mutants", deadline=None, database=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
+)
+settings.load_profile("mutants")
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Survivor:
+    """A change that no test noticed."""
+
+    module: str
+    function: str
+    change: str
+
+    def matches(self, entry: dict[str, str]) -> bool:
+        """The list's entry may leave ``change`` out: then it speaks for all changes of a line."""
+        return (
+            entry["module"] == self.module
+            and fnmatch.fnmatchcase(self.function, entry["function"])
+            and entry["change"] in self.change
+        )
+
+
+def mutate(target: Target, folder: Path, sample: int | None, seed: int) -> tuple[int, int, list[Survivor]]:
+    """How many mutants there are, how many of them were tried, and those that survived."""
+    _copy(target, folder)
+    if sample is None:
+        _mutmut(folder, "run", "--max-children", "1")
+    else:
+        _mutmut(folder, "run", "--max-children", "1", "no such mutant")  # makes them, and tries none
+        names = sorted(_exit_codes(folder))
+        chosen = random.Random(seed).sample(names, min(sample, len(names)))
+        _mutmut(folder, "run", "--max-children", "1", *chosen)
+    codes = _exit_codes(folder)
+    tried = {name: code for name, code in codes.items() if code is not None}
+    if not tried:
+        raise RuntimeError(f"{target.name}: no mutant was tried; see {folder}/mutmut.log")
+    return (
+        len(codes),
+        len(tried),
+        [_survivor(folder, name) for name, code in tried.items() if code in SURVIVED],
+    )
+
+
+def _copy(target: Target, folder: Path) -> None:
+    archive = subprocess.run(["git", "ls-files", "-z"], cwd=CHECKOUT, capture_output=True, check=True).stdout
+    names = [name for name in archive.decode().split("\0") if name and (CHECKOUT / name).is_file()]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((CHECKOUT / name).read_bytes())
+    with (folder / "tests" / "conftest.py").open("a") as file:
+        file.write(_WITHOUT_SHRINKING)
+    (folder / "sitecustomize.py").write_text(_IN_CHILDREN)
+    copied = {name.split("/")[0] for name in names} - {"snapstore", "tests", "pyproject.toml", ".ci"}
+    with (folder / "pyproject.toml").open("a") as file:
+        file.write(
+            _CONFIGURATION.format(
+                modules=json.dumps([f"snapstore/{name}.py" for name in target.modules]),
+                tests=json.dumps([f"tests/test_{name}.py" for name in target.tests]),
+                copied=json.dumps(["sitecustomize.py", *sorted(copied)]),
+            )
+        )
+
+
+def _mutmut(folder: Path, *arguments: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mutmut", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    with (folder / "mutmut.log").open("a") as log:
+        log.write(done.stdout + done.stderr)
+    return done.stdout
+
+
+def _exit_codes(folder: Path) -> dict[str, int | None]:
+    codes: dict[str, int | None] = {}
+    for path in sorted(folder.glob("mutants/snapstore/**/*.meta")):
+        codes |= json.loads(path.read_text())["exit_code_by_key"]
+    return codes
+
+
+def _survivor(folder: Path, name: str) -> Survivor:
+    lines = _mutmut(folder, "show", name).splitlines()
+    changed = [line for line in lines if line[:1] in ("-", "+") and line[:3] not in ("---", "+++")]
+    change = "  ->  ".join(
+        " ".join(line[1:].strip() for line in changed if line[0] == sign) for sign in ("-", "+")
+    )
+    module, _, mangled = name.removeprefix("snapstore.").partition(".")
+    mangled = mangled.rpartition("__mutmut_")[0]
+    function = mangled.removeprefix("xǁ").replace("ǁ", ".") if "ǁ" in mangled else mangled.removeprefix("x_")
+    return Survivor(module, function, change)
+
+
+def reasons() -> list[dict[str, str]]:
+    """The list of survivors that are known, each with its reason."""
+    return [dict(entry) for entry in tomllib.loads(REASONS.read_text())["survivor"]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="break the code on purpose, and see a test go red")
+    parser.add_argument(
+        "targets", nargs="*", help=f"of {', '.join(each.name for each in TARGETS)}; all by default"
+    )
+    parser.add_argument("--sample", type=int, help="so many mutants of each, drawn at random")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    known, unexplained = reasons(), 0
+    for target in TARGETS:
+        if options.targets and target.name not in options.targets:
+            continue
+        with tempfile.TemporaryDirectory(prefix="snapstore-mutants-") as folder:
+            made, tried, survivors = mutate(target, Path(folder), options.sample, options.seed)
+        explained = [each for each in survivors if any(each.matches(entry) for entry in known)]
+        killed = tried - len(survivors)
+        print(
+            f"{target.name}: {killed} of {tried} killed ({killed / tried:.1%}), {len(explained)} explained; {made} made"
+        )
+        for survivor in survivors:
+            if survivor not in explained:
+                unexplained += 1
+                print(f"  {survivor.module}.{survivor.function}\n    {survivor.change}")
+        record(
+            f"mutants-{target.name}",
+            f"make mutate ARGS={target.name}",
+            mutants=made,
+            tried=tried,
+            killed=killed,
+            killed_percent=round(100 * killed / tried, 1),
+            explained=len(explained),
+            unexplained=len(survivors) - len(explained),
+        )
+    return 1 if unexplained else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
