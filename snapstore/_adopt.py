@@ -49,13 +49,14 @@ def adopt(files: FileSystem, session: Session, *, durable: bool = False) -> Adop
     """Move committed snapshots of dead sessions here, newest session first; of a request, one life only.
 
     Blocks for the disk: one read of a header a file. What an error of the disk concerns is left for the next start.
+    ``durable``: all that was found outlives a power cut, however durable it was where it came from.
     """
     adoption = Adoption()
-    lives: set[str] = set()
+    heir = _Heir(files, session.path, durable)
     try:
         for dead in dead_sessions(files, session.root, newest_first=True):
             try:
-                errors = _adopt_session(files, dead.path, session.path, lives, adoption.found)
+                errors = heir.take_session(dead.path, adoption.found)
                 adoption.errors += errors
                 if not errors:
                     adoption.emptied.add(dead.path)
@@ -69,20 +70,74 @@ def adopt(files: FileSystem, session: Session, *, durable: bool = False) -> Adop
     return adoption
 
 
-def _adopt_session(
-    files: FileSystem, dead: str, session: str, lives: set[str], found: list[Found]
-) -> list[OSError]:
-    """What could not be read or moved; the rest is adopted all the same."""
-    errors = []
-    try:
-        for name in _generations(files, dead):
-            try:
-                found += _adopt_generation(files, dead, name, session, lives)
-            except OSError as error:
-                errors.append(error)
-    except OSError as error:
-        errors.append(error)
-    return errors
+@dataclass(frozen=True, slots=True)
+class _Heir:
+    """The session that adopts; ``lives``: the requests of which it has seen the newest life."""
+
+    files: FileSystem
+    path: str
+    durable: bool
+    lives: set[str] = field(default_factory=set)
+
+    def take_session(self, dead: str, found: list[Found]) -> list[OSError]:
+        """What could not be read or moved; the rest is adopted all the same."""
+        errors = []
+        try:
+            for name in _generations(self.files, dead):
+                try:
+                    found += self._take_generation(dead, name)
+                except OSError as error:
+                    errors.append(error)
+        except OSError as error:
+            errors.append(error)
+        return errors
+
+    def _take_generation(self, dead: str, name: str) -> list[Found]:
+        parsed = _paths.parse_generation_name(name)
+        source, target = join(dead, name), join(self.path, name)
+        # A later life of this request was seen already, so this one had ended. Else it is the newest one, sound or not.
+        if parsed is None or parsed.request_hash in self.lives:
+            _drop(self.files, source, dead)
+            return []
+        self.lives.add(parsed.request_hash)
+        found = []
+        for each in _names_in(self.files, source):
+            snapshot = self._examined(join(source, each), name, each, join(target, each))
+            if snapshot is None:
+                _drop(self.files, join(source, each), dead)
+            else:
+                found.append(snapshot)
+        if found and self.durable:
+            self.files.sync_directory(source)
+        if found:
+            self.files.rename(source, target)
+        return found
+
+    def _examined(self, path: str, generation_name: str, name: str, target: str) -> Found | None:
+        """``None`` if it is no snapshot of this generation, or torn. ``OSError`` where that could not be found out."""
+        token_count = _paths.parse_snapshot_name(name)
+        if token_count is None:
+            return None
+        files = self.files
+        try:
+            with opened(files, files.open_read(path)) as fd:
+                files.tighten(fd)
+                header = read_header(files, fd)
+                size = disk_bytes(files.status(fd))
+                if self.durable:
+                    files.sync_data(fd)
+        except SnapshotCorruptError:
+            return None
+        except OSError as error:
+            if error.errno in _NOT_OURS:
+                return None
+            raise
+        facts = header.facts
+        if facts is None or facts.token_count != token_count:
+            return None
+        if _paths.generation_name(facts.request_id, facts.generation) != generation_name:
+            return None
+        return Found(facts.request_id, token_count, facts.generation, target, header.layout.nbytes, size)
 
 
 def _generations(files: FileSystem, session: str) -> list[str]:
@@ -93,26 +148,6 @@ def _generations(files: FileSystem, session: str) -> list[str]:
         if (parsed := _paths.parse_generation_name(name)) is not None
     ]
     return [name for _, name in sorted(dated, reverse=True)]
-
-
-def _adopt_generation(files: FileSystem, dead: str, name: str, session: str, lives: set[str]) -> list[Found]:
-    parsed = _paths.parse_generation_name(name)
-    source, target = join(dead, name), join(session, name)
-    # A later life of this request was seen already, so this one had ended. Else it is the newest one, sound or not.
-    if parsed is None or parsed.request_hash in lives:
-        _drop(files, source, dead)
-        return []
-    lives.add(parsed.request_hash)
-    found = []
-    for each in _names_in(files, source):
-        snapshot = _examined(files, join(source, each), name, each, join(target, each))
-        if snapshot is None:
-            _drop(files, join(source, each), dead)
-        else:
-            found.append(snapshot)
-    if found:
-        files.rename(source, target)
-    return found
 
 
 def _names_in(files: FileSystem, directory: str) -> list[str]:
@@ -134,27 +169,3 @@ def _drop(files: FileSystem, path: str, dead: str) -> None:
     except FileNotFoundError:
         files.make_directory(trash)
         files.rename(path, join(trash, _paths.random_name()))
-
-
-def _examined(files: FileSystem, path: str, generation_name: str, name: str, target: str) -> Found | None:
-    """``None`` if it is no snapshot of this generation, or torn. ``OSError`` where that could not be found out."""
-    token_count = _paths.parse_snapshot_name(name)
-    if token_count is None:
-        return None
-    try:
-        with opened(files, files.open_read(path)) as fd:
-            files.tighten(fd)
-            header = read_header(files, fd)
-            size = disk_bytes(files.status(fd))
-    except SnapshotCorruptError:
-        return None
-    except OSError as error:
-        if error.errno in _NOT_OURS:
-            return None
-        raise
-    facts = header.facts
-    if facts is None or facts.token_count != token_count:
-        return None
-    if _paths.generation_name(facts.request_id, facts.generation) != generation_name:
-        return None
-    return Found(facts.request_id, token_count, facts.generation, target, header.layout.nbytes, size)

@@ -154,6 +154,23 @@ def hands_over(disk: RecordingFileSystem, options: StoreOptions) -> None:
     heir.end()
 
 
+def rescues(disk: RecordingFileSystem, options: StoreOptions) -> None:
+    """What a store without any sync has left is as safe as the next one's own, once that has adopted it."""
+    disk.mark(("unsynced", True))
+    life = Life(disk, StoreOptions(durability="none", checksum=options.checksum))
+    for key in KEYS:
+        life.save(key, 0)
+    assert life.store.flush(PATIENCE_S)
+    life.end()
+    heir = Life(disk, adopting(options))
+    disk.mark(("unsynced", False))
+    for key in KEYS:
+        assert heir.store.has(*key)
+        disk.mark(("committed", key, 0))
+    wait_until(lambda: sessions_on(disk) == [heir.store.session.name])
+    heir.end()
+
+
 def discards(disk: RecordingFileSystem, options: StoreOptions) -> None:
     life = Life(disk, options)
     life.commit(("a", 1), 0)
@@ -184,6 +201,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     detaches,
     detaches_across,
     hands_over,
+    rescues,
     discards,
     loses_its_session,
 )
@@ -214,6 +232,8 @@ class Promise:
     forgotten: set[Key] = field(default_factory=set)
     moving: dict[Key, str] = field(default_factory=dict)
     moved: set[Key] = field(default_factory=set)
+    synced: bool = True
+    ever_unsynced: bool = False
 
     @classmethod
     def of(cls, cut: PowerCut) -> Promise:
@@ -221,6 +241,11 @@ class Promise:
         for word, *said in cut.marks:
             getattr(promise, word)(*said)
         return promise
+
+    def unsynced(self, value: bool) -> None:
+        """Whether the store that is open now is one without durability."""
+        self.synced = not value
+        self.ever_unsynced = True
 
     def opened(self) -> None:
         """Of no consequence."""
@@ -260,6 +285,7 @@ class Promise:
 
     def broken_by(self, found: dict[Key, Found], outside: set[Key], durability: Durability) -> str | None:
         """What is not as it was promised, in words."""
+        durability = durability if self.synced else "none"
         strict = self.kept or durability == "full"
         for key, version in found.items():
             if version == "torn" or (version == "corrupt" and (strict or durability == "data")):
@@ -379,7 +405,7 @@ class Survey:
     """Every state of a record, opened and held against its promise.
 
     Args:
-        opening: also the moments before the store was open.
+        opening: also the moments before the store was open, and those in which one without any sync is.
         until_broken: stop at the first state that is not as promised.
         discard_every: how many of the images are opened to discard them as well.
 
@@ -412,19 +438,19 @@ class Survey:
 
     def add(self, disk: RecordingFileSystem) -> None:
         for cut in disk.power_cuts(window=self.window):
-            if not self.opening and not cut.marks:
+            promise = Promise.of(cut)
+            if not self.opening and not (cut.marks and promise.synced):
                 continue
             self.states += 1
             seen = self._look(cut)
-            promise = Promise.of(cut)
             outside = moved_out(cut.tree)
             wrong = seen.refused or promise.broken_by(seen.found, outside, self.durability)
             if wrong:
                 self.broken.append(f"{wrong}; at {cut.position} after {cut.marks[-1:]}, lost: {cut.lost}")
-            self.corrupt += "corrupt" in seen.found.values()
+            self.corrupt += "corrupt" in seen.found.values() and promise.synced
             self.torn += "torn" in seen.found.values()
             self.missing += promise.broken_by(seen.found, outside, "full") is not None
-            self.stranded += seen.stranded > 0
+            self.stranded += seen.stranded > 0 and not promise.ever_unsynced
             if self.until_broken and (self.broken or self.stranded):
                 return
 

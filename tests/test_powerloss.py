@@ -23,6 +23,7 @@ from power import (
     loses_its_session,
     recorded,
     replaces,
+    rescues,
     saves,
 )
 from trust_results import record
@@ -147,6 +148,11 @@ class Forgetful(RecordingFileSystem):
             self._snapshots.add(fd)
         return fd
 
+    def open_read(self, path: str, *, dir_fd: int | None = None) -> int:
+        fd = super().open_read(path, dir_fd=dir_fd)
+        self._snapshots.add(fd)
+        return fd
+
     def sync_data(self, fd: int) -> None:
         if not self._data or fd not in self._snapshots:
             super().sync_data(fd)
@@ -182,6 +188,7 @@ def is_unborn_session(path: str) -> bool:
         pytest.param(saves, is_unborn_session, id="what a session begins with"),
         pytest.param(replaces, is_generation, id="the directory of a replaced file"),
         pytest.param(hands_over, is_session, id="the session that adopts"),
+        pytest.param(rescues, is_generation, id="the request's directory that is adopted"),
         pytest.param(detaches, lambda path: OUTSIDE.startswith(path + "/"), id="where a file was moved to"),
         pytest.param(loses_its_session, lambda path: path == ROOT, id="the root of a session made again"),
     ],
@@ -196,6 +203,7 @@ def test_a_directory_that_is_not_synced_is_found(scenario: Scenario, skips: Call
 def test_files_that_are_not_synced_are_found() -> None:
     """Lost with ``full``, corrupt with ``data``, and taken for good where there is no checksum either."""
     assert surveyed(saves, StoreOptions(durability="full"), Forgetful(data=True)).broken
+    assert surveyed(rescues, StoreOptions(durability="full"), Forgetful(data=True)).broken
     survey = surveyed(saves, StoreOptions(durability="data"), Forgetful(data=True))
     assert survey.corrupt and survey.broken and not survey.torn
     survey = surveyed(saves, StoreOptions(durability="data", checksum=False), Forgetful(data=True))
@@ -266,15 +274,14 @@ def test_a_rename_between_directories_is_there_whole_once_either_is_synced() -> 
     assert states(disk) == {(*both, ("/b/file", b""))}
 
 
-def test_what_is_older_than_the_window_is_there() -> None:
+def test_of_what_is_older_than_the_window_one_change_is_missing_at_a_time() -> None:
     disk = RecordingFileSystem()
     for path in ("/a", "/b", "/c"):
         disk.close(disk.create(path))
-    assert states(disk, window=1) == {
-        (("/a", b""), ("/b", b"")),
-        (("/a", b""), ("/b", b""), ("/c", b"")),
-    }
-    assert len(states(disk, window=3)) == 8
+    disk.rename("/a", "/d")
+    found = {"".join(path[1:] for path, _ in each) for each in states(disk, window=1)}
+    assert found == {"bcd", "abc", "bc", "cd", "bd"}  # without /a there is no /d, and all of the rest
+    assert len(states(disk, window=4)) == 12
 
 
 def test_marks_say_what_had_happened() -> None:

@@ -19,7 +19,8 @@ The model, which takes the worst that POSIX allows:
 - Changes of one name in one directory keep their order: no later one without the earlier ones. All others have none,
   also within a directory.
 
-``window``: only the last so many changes that are not synced may be missing; what is older has long been written.
+``window``: of the last so many changes that are not synced any may be missing. Of the older ones, most likely written
+long ago, each may be missing alone.
 """
 
 from __future__ import annotations
@@ -166,44 +167,67 @@ class _Replay:
 
     def _cuts_here(self, position: int, window: int) -> Iterator[PowerCut]:
         split = max(0, len(self._pending) - window)
-        base = self._medium.copy()
-        for change in self._pending[:split]:
-            base.take(change)
         seen = set()
-        for medium, lost in _fates(base, self._pending[split:], ()):
+        for medium, lost in self._media(split):
             tree = medium.tree(self._directories)
             key = hash(frozenset(tree.items()))
             if key not in seen:
                 seen.add(key)
                 yield PowerCut(position, tuple(self._marks), lost, tree)
 
+    def _media(self, split: int) -> Iterator[tuple[_Medium, tuple[str, ...]]]:
+        base = self._medium.copy()
+        for index, change in enumerate(self._pending[:split]):
+            for medium, lost, gone in _fates_of(change, base, frozenset()):
+                if lost:
+                    yield _rest_kept(medium, self._pending[index + 1 :], gone), lost
+            base.take(change)
+        yield from _fates(base, self._pending[split:], (), frozenset())
+
+
+Gone = frozenset[tuple[int, str]]
+"""Names of which a change was lost, so that later ones are lost with it."""
+
 
 def _fates(
-    medium: _Medium,
-    changes: list[Named | Written],
-    lost: tuple[str, ...],
-    gone: frozenset[tuple[int, str]] = frozenset(),
+    medium: _Medium, changes: list[Named | Written], lost: tuple[str, ...], gone: Gone
 ) -> Iterator[tuple[_Medium, tuple[str, ...]]]:
     """Every way in which these changes can be there or not; first the one in which all are."""
     if not changes:
         yield medium, lost
         return
-    change, rest = changes[0], changes[1:]
+    for there, word, missing in _fates_of(changes[0], medium, gone):
+        yield from _fates(there, changes[1:], lost + word, missing)
+
+
+def _fates_of(
+    change: Named | Written, medium: _Medium, gone: Gone
+) -> Iterator[tuple[_Medium, tuple[str, ...], Gone]]:
+    """Every way in which this one can: the medium with it or without, in words, and the names that are lost now."""
     if isinstance(change, Named):
         names = _names_in(change)
         if not names & gone:
             kept = medium.copy()
             kept.take(change)
-            yield from _fates(kept, rest, lost, gone)
-        yield from _fates(medium, rest, (*lost, f"lost {change.entries}"), gone | names)
+            yield kept, (), gone
+        yield medium, (f"lost {change.entries}",), gone | names
         return
     for how, make in _WRITES.items():
         there = medium.copy()
         make(there, change)
-        word = (
-            () if how == "kept" else (f"{how} {len(change.data)} bytes at {change.offset} of {change.file}",)
-        )
-        yield from _fates(there, rest, lost + word, gone)
+        word = f"{how} {len(change.data)} bytes at {change.offset} of {change.file}"
+        yield there, (word,) if how != "kept" else (), gone
+
+
+def _rest_kept(medium: _Medium, changes: list[Named | Written], gone: Gone) -> _Medium:
+    """All of these, but those that can not be without what is gone."""
+    medium = medium.copy()
+    for change in changes:
+        if isinstance(change, Named) and _names_in(change) & gone:
+            gone |= _names_in(change)
+        else:
+            medium.take(change)
+    return medium
 
 
 def _missing(_medium: _Medium, _change: Written) -> None:
