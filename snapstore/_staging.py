@@ -90,7 +90,11 @@ class Staging:
 
         Blocks for the copy of what is in host memory, for nothing else.
         """
-        buffer = self._take_buffer(placed.layout.nbytes)
+        try:
+            buffer = self._take_buffer(placed.layout.nbytes)
+        except BaseException as error:
+            self._state.abandon(job, error)
+            raise
         submission = Submission(job, placed.layout, buffer)
         try:
             copy_host_tensors(placed, buffer.view)

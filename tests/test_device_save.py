@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from devices import PATIENCE_S, arrays, assert_holds, assert_loads, on, open_store, wait_for
+from devices import PATIENCE_S, PINNED_BYTES, arrays, assert_holds, assert_loads, on, open_store, wait_for
 from helpers import assert_at_rest
 
 from snapstore import SaveCancelledError, SaveState, SnapshotStore, StoreFullError, UnsupportedTensorError
@@ -51,6 +51,26 @@ def test_a_save_returns_before_the_device_has_done_anything(store: SnapshotStore
     assert snapshot.metadata == {"step": 3}
     assert store.stats().on_devices == 0
     assert_at_rest(store)
+
+
+def test_a_save_that_finds_no_host_memory_is_not_charged_for_and_the_next_one_works(
+    store: SnapshotStore, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too large for what is pinned, and nothing else is to be had."""
+    device.automatic = True
+    expected = arrays(1, 2 * PINNED_BYTES)
+
+    def no_memory(nbytes: int) -> memoryview:
+        raise MemoryError("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("snapstore._memory.allocate", no_memory)
+        with pytest.raises(MemoryError):
+            store.save("request", 64, on(device, expected))
+    assert store.stats().pending == store.stats().pending_bytes == 0
+    assert_at_rest(store)
+    store.save("request", 64, on(device, expected)).result(PATIENCE_S)
+    assert_loads(store, "request", 64, expected)
 
 
 def test_a_source_that_is_overwritten_behind_the_stream_corrupts(
