@@ -26,7 +26,7 @@ from snapstore._latency import BOUNDS_S, Histogram, Reasons
 from snapstore._look import Moment, health_at, stats_at
 from snapstore._reasons import FAILED, REJECTED
 from snapstore._store import SnapshotStore
-from snapstore._types import DeviceStatus, HealthStatus, StoreHealth, StoreStats
+from snapstore._types import DeviceStatus, HealthStatus, RemoteStatus, StoreHealth, StoreStats
 
 __all__ = ["StoreCollector"]
 
@@ -58,6 +58,21 @@ _GAUGES = (
     ("device_pending_saves", "on_devices", "Saves that wait for a copy by a device"),
     ("leaked_bytes", "leaked_bytes", "Memory that is kept because a device may still touch it"),
     ("pinned_bytes", "pinned_bytes", "Host memory that is locked for device copies"),
+)
+_REMOTE_COUNTERS = (
+    ("published", "Snapshots that other nodes can load since this store published them"),
+    ("published_bytes", "Bytes of the files of those"),
+    ("fetched", "Snapshots that were loaded from the remote store"),
+    ("fetched_bytes", "Bytes of the files of those"),
+    ("refused", "Snapshots that were not published, since their life had ended there"),
+    ("ended", "Cleanups that were carried out in the remote store"),
+    ("failed", "Requests to the remote store that failed"),
+)
+_REMOTE_GAUGES = (
+    ("unpublished", "Snapshots that wait to be published, or are on their way"),
+    ("unpublished_bytes", "Tensor bytes of those"),
+    ("endings", "Cleanups still to be carried out in the remote store"),
+    ("in_flight_bytes", "Bytes that are being moved now, either way"),
 )
 _HISTOGRAMS = (
     ("save_seconds", "save", "Time of a save on the calling thread, without its wait for room"),
@@ -92,6 +107,7 @@ class StoreCollector(Collector):
         yield from _counters(names, scrapes)
         yield from _gauges(names, scrapes)
         yield from _histograms(names, scrapes)
+        yield from _remote(names, [scrape for scrape in scrapes if scrape.stats.remote is not None])
 
 
 class _Scrape(NamedTuple):
@@ -192,6 +208,27 @@ def _states(names: list[str], scrapes: list[_Scrape]) -> Iterator[Metric]:
     yield device
 
 
+def _remote(names: list[str], scrapes: list[_Scrape]) -> Iterator[Metric]:
+    """Of stores that have a remote store; nothing where none has."""
+    if not scrapes:
+        return
+    for name, what in _REMOTE_COUNTERS:
+        counter = CounterMetricFamily(f"snapstore_remote_{name}", what, labels=names)
+        for scrape in scrapes:
+            counter.add_metric(scrape.labels, getattr(scrape.stats.remote, name))
+        yield counter
+    for name, what in _REMOTE_GAUGES:
+        gauge = GaugeMetricFamily(f"snapstore_remote_{name}", what, labels=names)
+        for scrape in scrapes:
+            gauge.add_metric(scrape.labels, getattr(scrape.stats.remote, name))
+        yield gauge
+    state = GaugeMetricFamily("snapstore_remote_state", "1 for how it is", labels=[*names, "state"])
+    for scrape in scrapes:
+        if scrape.health.remote is not None:
+            _one_of(state, scrape.labels, get_args(RemoteStatus), scrape.health.remote.status)
+    yield state
+
+
 def _one_of(family: GaugeMetricFamily, labels: list[str], states: Iterable[str], current: str) -> None:
     for state in states:
         family.add_metric([*labels, state], float(state == current))
@@ -210,6 +247,8 @@ def _histograms(names: list[str], scrapes: list[_Scrape]) -> Iterator[Metric]:
         latencies = scrape.moment.published.latencies
         load.add_metric([*scrape.labels, "memory"], *_buckets(latencies.load_memory))
         load.add_metric([*scrape.labels, "disk"], *_buckets(latencies.load_disk))
+        if scrape.stats.remote is not None:
+            load.add_metric([*scrape.labels, "remote"], *_buckets(latencies.load_remote))
     yield load
 
 

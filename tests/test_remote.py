@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import obstore
+import prometheus_client
 import pytest
 from helpers import assert_same, tensors
 from remotes import Nodes, failing, held_back, new_memory_url, warm_up
@@ -25,6 +26,7 @@ from snapstore import (
     StoreOptions,
 )
 from snapstore.aio import AsyncSnapshotStore
+from snapstore.metrics import StoreCollector
 from snapstore.remote import _fetch, _names
 from snapstore.remote._objects import MULTIPART_BYTES, ObjectStore
 
@@ -468,6 +470,14 @@ class TestTrouble:
             report = a.shutdown(timeout_s=2)
         assert report.unpublished == (ticket.key,) and report.writer_stopped
 
+    def test_after_shutdown_a_cleanup_waits_for_nobody(self, nodes, deadline):
+        a = nodes("a")
+        a.shutdown(cleanup=True)
+        with deadline(1.0):
+            assert not a.cleanup_request("request").clean
+        with pytest.raises(RemoteUnavailableError, match="shut down"):
+            a.load("request", 1)
+
     def test_an_end_survives_a_restart(self, nodes, monkeypatch, eventually):
         a = nodes("a")
         a.save("request", 1, tensors(1)).wait_published(5)
@@ -550,6 +560,32 @@ class TestTrouble:
 def _drop(held: list[SnapshotStore]) -> None:
     held.clear()
     gc.collect()
+
+
+def test_prometheus_is_told(nodes):
+    registry = prometheus_client.CollectorRegistry()
+    a, b = nodes("a"), nodes("b")
+    registry.register(StoreCollector({"a": a, "b": b}))
+    a.save("request", 1, tensors(1)).wait_published(5)
+    b.load("request", 1)
+    told = {
+        (name, store): registry.get_sample_value(f"snapstore_remote_{name}", {"store": store})
+        for name in ("published_total", "fetched_total", "failed_total", "unpublished")
+        for store in "ab"
+    }
+    assert told == {
+        ("published_total", "a"): 1,
+        ("published_total", "b"): 0,
+        ("fetched_total", "a"): 0,
+        ("fetched_total", "b"): 1,
+        ("failed_total", "a"): 0,
+        ("failed_total", "b"): 0,
+        ("unpublished", "a"): 0,
+        ("unpublished", "b"): 0,
+    }
+    assert registry.get_sample_value("snapstore_remote_state", {"store": "a", "state": "ok"}) == 1
+    loads = {"store": "b", "source": "remote"}
+    assert registry.get_sample_value("snapstore_load_seconds_count", loads) == 1
 
 
 class TestOptions:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from snapstore._committed import CommittedFile
-from snapstore._errors import SnapshotNotFoundError
+from snapstore._errors import RemoteUnavailableError, SnapshotNotFoundError, StoreClosedError
 from snapstore._events import Repeats
 from snapstore._files import FileSystem
 from snapstore._options import StoreOptions
@@ -79,6 +79,8 @@ class RemoteTier:
 
     def ended(self, request_ids: Sequence[str] | None) -> End:
         """See ``_observer.Observer``."""
+        if self._closed:
+            return End(error=StoreClosedError("the store is shut down: nobody is left to write the end down"))
         end = End()
         self._inbox.put(functools.partial(self._on_ended, request_ids, time.time(), end))
         return end
@@ -101,6 +103,8 @@ class RemoteTier:
 
     def _look(self, request_id: str) -> RemoteLife | None:
         """What a node may load of a request, in the order of its cleanups and commits. Blocks for the network."""
+        if self._closed:
+            raise RemoteUnavailableError("the remote store can not be asked now: the store is shut down")
         known: Future[tuple[str | None, tuple[EndLives, ...]]] = Future()
         self._inbox.put(functools.partial(self._on_look, request_id, known))
         bound, ends = answer(known, self._timeout_s)
