@@ -210,16 +210,21 @@ class BlockStore:
     # -- room ---------------------------------------------------------------------------------------------------
 
     def _make_room(self, nbytes: int) -> None:
-        """Discard from the oldest on until there is room for so much more; each block is tried once."""
+        """Discard from the oldest on until there is room for so much more; each block is tried once.
+
+        Nothing is discarded for what would not fit into an empty store.
+        """
         if self._max_bytes is None:
             return
+        if nbytes + FILE_BYTES > self._max_bytes:
+            raise _no_room(nbytes, self._max_bytes, self._missing_bytes(nbytes), "which its file exceeds")
         with self._lock:
             tries = len(self._used)
         while (missing := self._missing_bytes(nbytes)) > 0:
             with self._lock:
                 where = self._used.popitem(last=False)[0] if self._used and tries else None
             if where is None:
-                raise _no_room(nbytes, self._max_bytes, missing)
+                raise _no_room(nbytes, self._max_bytes, missing, "and nothing else can be discarded now")
             tries -= 1
             if not self._discard(where) and self._store.has(*_pair(where)):
                 self._touch(where)  # on its way to the disk: try the next one
@@ -244,10 +249,8 @@ class BlockStore:
                 self._tally[name] += count
 
 
-def _no_room(nbytes: int, limit_bytes: int, missing_bytes: int) -> DiskQuotaError:
-    error = DiskQuotaError(
-        f"a block of {nbytes} bytes does not fit: max_bytes is {limit_bytes}, and nothing else can be discarded now"
-    )
+def _no_room(nbytes: int, limit_bytes: int, missing_bytes: int, why: str) -> DiskQuotaError:
+    error = DiskQuotaError(f"a block of {nbytes} bytes does not fit: max_bytes is {limit_bytes}, {why}")
     error.nbytes, error.limit_bytes = nbytes, limit_bytes
     error.used_bytes = limit_bytes + missing_bytes - nbytes
     return error

@@ -29,6 +29,7 @@ def open_store(
     yield store
     for device in devices:
         device.automatic = True
+    wait_for(lambda: not any(each.status == "stuck" for each in store.health().devices))
     report = store.shutdown(cleanup=True)
     assert report.clean, report
     assert [fault for device in devices for fault in device.faults] == []

@@ -207,6 +207,18 @@ def test_what_is_on_its_way_to_the_disk_is_not_discarded(root: Path, files: Faul
         assert blocks.shutdown(cleanup=True).clean
 
 
+def test_nothing_makes_room_for_a_block_that_can_never_fit(root: Path) -> None:
+    with limited(root, 4) as blocks:
+        for number in range(3):
+            blocks.put(f"key-{number}", content(number))
+        flush(blocks)
+        for nbytes in (4 * 8 * KiB, 1024 * KiB):
+            with pytest.raises(DiskQuotaError, match="exceeds"):
+                blocks.put("large", content(4, nbytes))
+        assert blocks.stats().discarded == 0 and blocks.count_leading(f"key-{n}" for n in range(3)) == 3
+        assert blocks.shutdown(cleanup=True).clean
+
+
 def test_a_file_that_will_not_go_stays_a_block(root: Path, files: FaultyFileSystem) -> None:
     with BlockStore(root, file_system=files) as blocks:
         blocks.put("key", content(1))

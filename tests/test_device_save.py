@@ -335,6 +335,7 @@ def test_the_caller_makes_only_calls_that_do_not_wait(store: SnapshotStore, devi
     device.automatic = True
     store.save("request", 64, on(device, arrays(1))).result(PATIENCE_S)
     store.load("request", 64, device=device)
+    wait_for(lambda: store.stats().pinned_bytes == PINNED_BYTES)
     me = threading.current_thread().name
     mine = {call.operation for call in device.calls if call.thread == me}
     assert mine == {"check_stream", "pack", "mark", "upload"}
