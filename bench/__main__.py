@@ -19,7 +19,7 @@ from bench._goals import fill_in, page
 from bench._measure import Figure, environment
 from bench._report import STANDARD_OUTPUT, plot, read_json, table, write_json
 
-WORKLOADS = ("save", "drain", "load", "abort", "stall", "scale", "soak", "device", "remote")
+WORKLOADS = ("save", "drain", "load", "abort", "stall", "scale", "soak", "device", "remote", "fleet")
 BY_DEFAULT = WORKLOADS[:-2]
 REPORT = "report"
 CHECKOUT = Path(__file__).resolve().parents[1]
