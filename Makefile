@@ -27,7 +27,7 @@ crash: $(ready) ## Kill processes at every system call of their work, and look a
 	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m crash $(ARGS)
 
 explore: $(ready) ## Walk 100,000 schedules of the store's threads, and find each planted bug; 10 minutes
-	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m explore tests/test_explored.py $(ARGS)
+	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m explore -o faulthandler_timeout=0 tests/test_explored.py $(ARGS)
 
 hostile: $(ready) ## Swap directories for links 10,000 times beside all that works in a root, and stop processes for 5 s; 3 minutes
 	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m slow tests/test_hostile.py tests/test_time.py $(ARGS)

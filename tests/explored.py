@@ -49,8 +49,10 @@ class Scenario:
         for client in clients:
             client.result()
         world.faults = 0
+        world.hanging.clear()
         with world.calm():
             end(on)
+        assert self.device or not world.stalls, f"nobody could go on but by a time-out, {world.stalls} times"
         assert world.files.open_descriptors == 0, f"{world.files.open_descriptors} descriptors are open"
 
 
@@ -144,6 +146,11 @@ def flush(on: Calls) -> None:
     on.flush()
 
 
+def hang(on: Calls) -> None:
+    """The next file that is to be made; until all clients have ended."""
+    on.world.hanging.add("create")
+
+
 NARROW = replace(OPTIONS, max_pending_jobs=1, save_timeout_s=1.0)
 REJECTING = replace(OPTIONS, max_pending_bytes=8, on_full="reject")
 TIGHT = replace(OPTIONS, max_session_bytes=9000)
@@ -178,6 +185,11 @@ SCENARIOS = [
     Scenario("no waiting for room", [[save(), save(), load()], [save("b"), cleanup(), save()]], REJECTING),
     Scenario(
         "a session that is full", [[save(), save("a", 2), load()], [save("b"), cleanup(), save("b")]], TIGHT
+    ),
+    Scenario(
+        "beside a write that hangs",
+        [[save("b", 2), load("b")], [cleanup(), save(), cleanup_by_bell(), save(), load()], [cleanup()]],
+        before=[save(), save("a", 2), flush, hang, save("b")],
     ),
     Scenario(
         "bells instead of waits",

@@ -215,4 +215,14 @@ MORE_BUGS = [
         [Edit("_flights.py", "return Unfit(device, lane.status, lane.error)", "return lane")],
         only="saves from a device",
     ),
+    Bug(
+        "nobody wakes the cleaner",
+        [
+            Edit(
+                STATE,
+                "trashed_bytes - life.doomed_bytes\n            self._rest.notify_all()\n",
+                "trashed_bytes - life.doomed_bytes\n",
+            )
+        ],
+    ),
 ]

@@ -21,7 +21,7 @@ from snapstore.testing import explore, replay
 SCHEDULES = 3000
 """By default. `make explore` makes 100,000."""
 
-SEEDS, AT_A_TIME = 5400, 900
+SEEDS, AT_A_TIME = 4200, 700
 """Of `make explore`, a scenario; so many in one process."""
 
 TO_FIND_A_BUG = 4000

@@ -6,7 +6,8 @@
         saver = world.go("saver", lambda: store.save("request-1", 64, tensors))
         store.cleanup_request("request-1")
         saver.result()
-        assert store.shutdown().writer_stopped
+        with world.calm():
+            assert store.shutdown().writer_stopped
 
     explore(saves_against_cleanups, range(1000))                   # by seeds, with priorities
     explore_all(saves_against_cleanups, deviations=1)              # all that deviate so often from the plainest one

@@ -96,8 +96,10 @@ class World:
     Attributes:
         threads, files: for ``SnapshotStore(root, threads=world.threads, file_system=world.files)``.
         now_s: the time.
+        stalls: how often nobody could go on until a time-out fired.
         faults: how many operations may still fail; 0 unless the scenario says otherwise.
         fault_numbers: with what.
+        hanging: operations on the disk that hang as long as their names are in here.
         trace: what was done, if it is kept.
         checks: called after each operation on the disk, with its name; whatever they raise fails the run.
     """
@@ -105,8 +107,10 @@ class World:
     def __init__(self, schedule: Schedule, *, trace: list[str] | None = None) -> None:
         self.root = getcurrent()
         self.now_s = 1000.0
+        self.stalls = 0
         self.faults = 0
         self.fault_numbers: Sequence[int] = ()
+        self.hanging: set[str] = set()
         self.trace = trace
         self.checks: list[Callable[[str], object]] = []
         self.points = 0
@@ -277,6 +281,7 @@ class World:
 
     def _answer(self, point: Point[Task[Any]]) -> Task[Any] | int:
         ready, timers = point.ready, point.timers
+        self.stalls += not ready
         index = 0 if self._calm or point.answers == 1 else self._schedule.choose(point)
         if index < len(ready):
             return ready[index]
@@ -488,7 +493,9 @@ class _Files(MemoryFileSystem):
 
     def at(self, operation: str, subject: object) -> None:
         faults = () if operation in _SURE_OPERATIONS else self._world.fault_numbers
-        self._world.wait(None, None, operation, subject, faults=faults)
+        self._world.wait(
+            lambda: operation not in self._world.hanging, None, operation, subject, faults=faults
+        )
 
     def look(self, operation: str) -> None:
         try:
