@@ -98,8 +98,8 @@ format: $(ready) ## Format the code and mend what lint can mend
 demo: $(ready) ## A small scheduler over a tiny model; BACKEND=mlx for the other framework
 	@$(bin)/python -m snapstore.demo $(if $(BACKEND),--backend $(BACKEND)) $(ARGS)
 
-bench: $(bench_ready) ## The benchmarks; ARGS="save --json out.json" goes to them
-	@$(bin)/python -m bench $(ARGS)
+bench: $(bench_ready) ## The benchmarks, into bench/results and the README; ARGS="save abort" for some, without that
+	@$(bin)/python -m bench $(or $(ARGS),--results)
 
 bench-quick: $(bench_ready) ## The benchmarks, each as short as it still means something
 	@$(bin)/python -m bench --quick $(ARGS)

