@@ -88,7 +88,8 @@ class Ending:
 class Sweeper:
     """What the sweeper thread runs. It only removes.
 
-    ``reclaim``: first the sessions of dead owners, or ``only`` these.
+    ``reclaim``: first the sessions of dead owners, or ``only`` these. ``full``: what it has moved to the trash stays
+    there after a power cut.
     """
 
     def __init__(
@@ -99,8 +100,10 @@ class Sweeper:
         *,
         reclaim: bool,
         only: frozenset[str] | None = None,
+        full: bool = False,
     ) -> None:
         self._state = state
+        self._full = full
         self._monotonic_s = state.monotonic_s
         self._session = session
         self._files = files
@@ -153,13 +156,24 @@ class Sweeper:
     def _sweep(self, lives: list[Life]) -> None:
         for start in range(0, len(lives), _BATCH):
             swept: list[tuple[Life, int]] = []
+            in_trash = len(self._trash)
             for life in lives[start : start + _BATCH]:
                 try:
                     swept.append((life, self._rename_aside(life)))
                 except OSError as error:
                     self._note_failure(error)
                     self._state.not_swept(life, error)
+            if self._full and len(self._trash) > in_trash:
+                self._sync_session()
             self._state.swept(swept)
+
+    def _sync_session(self) -> None:
+        """So that no power cut brings back what was forgotten. The cleaner is answered all the same: it is gone."""
+        try:
+            self._files.sync_directory(self._session.path)
+        except OSError as error:
+            self._note_failure(error)
+            self._state.not_freed(error)
 
     def _rename_aside(self, life: Life) -> int:
         """Bytes that now wait in the trash: none where there was no directory, which is what a sweep wants."""

@@ -62,7 +62,8 @@ class Engine:
             self.remote = self.state.observer = open_tier(options, self.state, self.session, files)
             self._writer = Writer(self.state, self.session, files, options)
             reclaim = options.leftovers != "keep"
-            self._sweeper = Sweeper(self.state, self.session, files, reclaim=reclaim, only=only)
+            full = options.durability == "full"
+            self._sweeper = Sweeper(self.state, self.session, files, reclaim=reclaim, only=only, full=full)
             self._sweeper_thread = threads.thread("snapstore-sweeper", self._run_sweeper)
             self._writer_thread = threads.thread("snapstore-writer", self._run_writer)
             self._start()

@@ -224,7 +224,7 @@ def recorded(
 
 @dataclass
 class Promise:
-    """What the marks of a record allow. ``kept``: nothing was lost but the process."""
+    """What the marks of a record allow. ``kept``: nothing was lost but the process, or nothing may be lost."""
 
     kept: bool
     may_be: dict[Key, set[int | None]] = field(default_factory=lambda: {key: {None} for key in KEYS})
@@ -236,8 +236,8 @@ class Promise:
     ever_unsynced: bool = False
 
     @classmethod
-    def of(cls, cut: PowerCut) -> Promise:
-        promise = cls(kept=not cut.lost)
+    def of(cls, cut: PowerCut, durability: Durability) -> Promise:
+        promise = cls(kept=not cut.lost or durability == "full")
         for word, *said in cut.marks:
             getattr(promise, word)(*said)
         return promise
@@ -267,7 +267,7 @@ class Promise:
                 self.may_be[key] = self.may_be[key] | {None}
 
     def cleaned(self, request_id: str) -> None:
-        """Its directory is in the trash, and that rename is not synced: a power cut may bring it back."""
+        """Its directory is in the trash. Without ``full`` that rename is not synced: a power cut may bring it back."""
         for key in KEYS:
             if key[0] == request_id:
                 self.forgotten.add(key)
@@ -286,7 +286,7 @@ class Promise:
     def broken_by(self, found: dict[Key, Found], outside: set[Key], durability: Durability) -> str | None:
         """What is not as it was promised, in words."""
         durability = durability if self.synced else "none"
-        strict = self.kept or durability == "full"
+        strict = (self.kept and self.synced) or durability == "full"
         for key, version in found.items():
             if version == "torn" or (version == "corrupt" and (strict or durability == "data")):
                 return f"{key} is {version}"
@@ -438,7 +438,7 @@ class Survey:
 
     def add(self, disk: RecordingFileSystem) -> None:
         for cut in disk.power_cuts(window=self.window):
-            promise = Promise.of(cut)
+            promise = Promise.of(cut, self.durability)
             if not self.opening and not (cut.marks and promise.synced):
                 continue
             self.states += 1

@@ -217,6 +217,26 @@ def test_a_detach_that_would_not_outlast_a_power_cut_leaves_the_file_where_it_wa
     assert store.shutdown(cleanup=True).clean
 
 
+def test_what_is_forgotten_is_synced_once_for_all_and_a_sync_that_fails_is_said(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    """Or a power cut could bring it back. It is gone all the same, so the cleaner is told so."""
+    store = SnapshotStore(root, StoreOptions(durability="full"), file_system=files)
+    for number in range(20):
+        store.save(f"request {number}", 1, tensors(1)).result(10)
+    since = len(files.calls)
+    files.fail("sync_directory", errno.EIO)
+    assert store.cleanup_all(timeout_s=10).clean
+    wait_until(lambda: store.stats().trash_bytes == 0)
+    assert operations(files, since).count("sync_directory") == 1
+    assert os.strerror(errno.EIO) in str(store.health().reasons)
+    assert files_below(store.session) == []
+    store.save("request", 1, tensors(1)).result(10)
+    assert store.cleanup_request("request", timeout_s=10).clean
+    wait_until(lambda: store.health().status == "ok")
+    assert store.shutdown(cleanup=True).clean
+
+
 def test_a_root_whose_way_may_not_be_opened_is_made_to_last_as_far_as_may_be(
     root: Path, files: FaultyFileSystem
 ) -> None:
