@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from snapstore import (
     SnapshotCorruptError,
     SnapshotNotFoundError,
     SnapshotStore,
+    SnapstoreError,
     StoreOptions,
 )
 from snapstore._files import FileSystem, exists
@@ -25,7 +28,7 @@ from snapstore._format import decode_header, header_size, verify_checksums
 from snapstore._memory import segments_of
 from snapstore._owner import read_record
 from snapstore._paths import MARKER, OWNER_LOCK, is_session_name
-from snapstore.testing import PowerCut, RecordingFileSystem
+from snapstore.testing import OPERATIONS, PowerCut, RecordingFileSystem
 
 Key = tuple[str, int]
 Found = int | None | Literal["corrupt", "torn"]
@@ -191,6 +194,49 @@ def loses_its_session(disk: RecordingFileSystem, options: StoreOptions) -> None:
     assert life.save(("b", 1), 0).exception(PATIENCE_S) is not None
     life.commit(("b", 1), 1)
     life.end()
+
+
+class Mortal(FileSystem):
+    """What a process sees of a disk that other processes see too, until it dies after so many changes there."""
+
+    def __init__(self, disk: RecordingFileSystem, changes: int) -> None:
+        self.disk = disk
+        self.changes = changes
+
+
+def _performing(operation: str) -> Callable[..., Any]:
+    def perform(self: Mortal, *args: Any, **options: Any) -> Any:
+        if (
+            operation != "close" and self.disk.changes >= self.changes
+        ):  # what it has open is closed by the kernel
+            raise OSError(errno.EIO, "this process is dead")
+        return getattr(self.disk, operation)(*args, **options)
+
+    return perform
+
+
+for _operation in OPERATIONS:
+    setattr(Mortal, _operation, _performing(_operation))
+
+
+def dies_and_is_rescued(disk: RecordingFileSystem, options: StoreOptions, changes: int) -> bool:
+    """A process without any sync is killed, and what the next store finds is adopted. False: it had ended before."""
+    disk.mark(("unsynced", True))
+    with suppress(SnapstoreError, OSError):
+        store = SnapshotStore(ROOT, StoreOptions(durability="none"), file_system=Mortal(disk, changes))
+        for key in KEYS:
+            disk.mark(("saving", key, 0))
+            store.save(*key, content(key, 0), metadata=0).exception(PATIENCE_S)
+        store.shutdown(timeout_s=PATIENCE_S)
+    died = disk.changes >= changes
+    heir = Life(disk, adopting(options))
+    disk.mark(("unsynced", False))
+    for key in KEYS:
+        if heir.store.has(*key):
+            disk.mark(("committed", key, 0))
+    heir.commit(("b", 1), 1)
+    heir.end()
+    return died
 
 
 SCENARIOS: tuple[Scenario, ...] = (

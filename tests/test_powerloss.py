@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from power import (
     Survey,
     detaches,
     detaches_across,
+    dies_and_is_rescued,
     hands_over,
     look,
     loses_its_session,
@@ -86,6 +88,23 @@ def test_without_any_sync_a_torn_file_is_never_taken(scenario: Scenario) -> None
     survey = surveyed(scenario, StoreOptions(durability="none"))
     assert survey.broken == []
     assert survey.torn == 0 < survey.missing
+
+
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.powerloss)])
+def test_what_a_killed_process_left_is_safe_once_it_is_adopted(every: int) -> None:
+    """It had synced nothing, and the kernel written nothing, when the power goes and the next store is open."""
+    options, changes, died, figures = StoreOptions(durability="full"), 0, True, Counter[str]()
+    while died:
+        disk = RecordingFileSystem(write_bytes_max=480)
+        died = dies_and_is_rescued(disk, options, changes)
+        survey = Survey("full", WINDOWS["full"], discard_every=50, opening=False)
+        survey.add(disk)
+        assert survey.broken == [], changes
+        figures.update(kills=1, states=survey.states, images=survey.images)
+        changes += every
+    assert figures["states"] > 50 * figures["kills"] > 100
+    if every == 1:
+        record("powerloss-after-kill", "make powerloss", **figures)
 
 
 @pytest.mark.powerloss

@@ -116,6 +116,12 @@ class RecordingFileSystem(MemoryFileSystem):
         with self._mutex:
             self._record.append(_Mark(what))
 
+    @property
+    def changes(self) -> int:
+        """How many there have been."""
+        with self._mutex:
+            return sum(not isinstance(each, _Mark) for each in self._record)
+
     def power_cuts(self, *, window: int = 6, start: int = 0) -> Iterator[PowerCut]:
         """Every state after every change from ``start`` on; of one position no two are equal."""
         with self._mutex:
