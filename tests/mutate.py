@@ -57,7 +57,9 @@ TARGETS = (
         ("_cleanup",),
         ("cleanup_races", "sessions", "shutdown", "space", "endings", "faults", "logging"),
     ),
-    Target("session", ("_session",), ("sessions", "owner", "crash", "store", "powerloss")),
+    Target(
+        "session", ("_session",), ("sessions", "owner", "crash", "store", "powerloss", "space", "endings")
+    ),
 )
 
 _CONFIGURATION = """
@@ -67,6 +69,7 @@ only_mutate = {modules}
 pytest_add_cli_args_test_selection = {tests}
 pytest_add_cli_args = ["-p", "no:cacheprovider", "-x", "--timeout=12"]
 also_copy = {copied}
+do_not_mutate_patterns = ["_log.debug"]
 use_git_change_detection = false
 track_dependencies = false
 timeout_multiplier = 4.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import shutil
@@ -78,12 +79,19 @@ def test_a_live_session_of_another_process_is_left_alone(processes: Processes, r
 # -- leftovers ----------------------------------------------------------------------------------------------------
 
 
-def test_a_session_whose_owner_died_is_reclaimed(processes: Processes, root: Path) -> None:
-    leave_dead_session(processes, root)
+def test_sessions_whose_owners_died_are_reclaimed_and_counted(
+    processes: Processes, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for _ in range(2):
+        leave_dead_session(processes, root)
     store = SnapshotStore(root)
-    wait_until(lambda: sessions_in(root) == [store.session])
-    assert store.boundaries("a") == ()
+    let_sweeper_finish(store)
+    assert sessions_in(root) == [store.session] and store.boundaries("a") == ()
     end(store)
+    told = {record.msg.split(":")[0]: record for record in caplog.records}
+    assert told["leftovers_reclaimed"].count == 2 and "leftovers_stay" not in told  # type: ignore[attr-defined]
+    assert "2 sessions" in told["leftovers_reclaimed"].getMessage()
 
 
 def test_leftovers_are_kept_where_that_is_asked_for(processes: Processes, root: Path) -> None:
@@ -134,6 +142,18 @@ def test_a_session_of_which_nobody_can_know_is_kept(
         assert store.stats().live_snapshots == 0
         end(store)
     assert len(files_below(dead)) == len(BEFORE)
+
+
+def test_a_session_without_a_lock_file_gets_none_and_is_kept(processes: Processes, root: Path) -> None:
+    """Its owner is not provably dead: it may be on a disk from which somebody took the file."""
+    dead = leave_dead_session(processes, root)
+    (dead / "owner.lock").unlink()
+    before = files_below(dead)
+    for options in (StoreOptions(), ADOPT):
+        store = SnapshotStore(root, options)
+        let_sweeper_finish(store)
+        end(store)
+    assert files_below(dead) == before
 
 
 def test_a_session_is_kept_where_locks_are_not_supported(

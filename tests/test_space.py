@@ -448,6 +448,20 @@ def test_a_session_that_was_made_again_is_owned_again(store: SnapshotStore, root
     assert other.shutdown(cleanup=True).clean
 
 
+@pytest.mark.parametrize(("operation", "skip"), [("rename", 0), ("sync_directory", 1)])
+def test_a_session_that_could_not_be_made_again_leaves_nothing_and_is_made_the_next_time(
+    root: Path, operation: str, skip: int
+) -> None:
+    files = FaultyFileSystem()
+    with SnapshotStore(root, StoreOptions(durability="full"), file_system=files) as store:
+        vanish(store, "session")
+        files.fail(operation, errno.EIO, skip=skip)
+        causes = [cause_of(store.save("request", token_count, tensors(1))) for token_count in range(3)]
+        assert causes == [errno.ENOENT, errno.ENOENT, None], "it is made at the second time"
+        assert_same(store.load("request", 2), tensors(1))
+        assert [path.name for path in root.iterdir() if path.name.startswith(".new-")] == []
+
+
 def test_a_root_that_lost_its_marker_is_not_filled_again(store: SnapshotStore, root: Path) -> None:
     """What is there now may be the empty place that a disk was mounted on. It is back when its root is."""
     aside = root.with_name("aside")

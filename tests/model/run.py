@@ -90,7 +90,7 @@ FULL = (
     Case("the writer leaves at the flag", "store", "FAULTS=0 SAVES_A=1 CLEANUPS=0", "LEAVE_AT_THE_FLAG"),
     Case("no second look at the inode", "session", "RECLAIMERS=1 DEATHS=0 TRIES=1", "NO_SECOND_LOOK"),
     Case("visible before its lock", "session", f"{_SESSION} DEATHS=1", "VISIBLE_BEFORE_LOCK"),
-    Case("the lock file goes first", "session", f"{_SESSION} DEATHS=2", "LOCK_FILE_FIRST"),
+    Case("the lock file goes first", "session", f"{_SESSION} DEATHS=0", "LOCK_FILE_FIRST"),
     Case("removed where it stands", "session", f"{_SESSION} DEATHS=1", "DELETE_IN_PLACE"),
     Case("a pid as proof of life", "session", f"{_SESSION} DEATHS=0", "PID_IS_PROOF"),
     Case("reclaimed by age", "session", f"{_SESSION} DEATHS=0", "BY_AGE"),

@@ -39,6 +39,7 @@ bool content[SIZE];        /* .tmp, .trash, snapshots */
 bool named[SIZE];          /* owner.lock is in it */
 byte holder[SIZE];         /* who holds the flock of that lock file, named or not */
 byte made;                 /* directories so far */
+byte remover[SIZE];        /* for the proof: who removes what is in it */
 
 /* ---- the processes ------------------------------------------------------------------------------------------------- */
 
@@ -53,7 +54,11 @@ inline drop(d) { if :: d != 0 && holder[d] == me -> holder[d] = 0 :: else fi; d 
 
 /* Removing what is in a directory, and it: _files.remove_tree with keep_last=owner.lock. It works on an open descriptor,
  * so a rename does not save the directory from it. Whoever does this is alone with it, and it is nobody's. */
-inline may_remove(d) { assert(!is_owned(d)); assert(holder[d] == me) }
+inline may_remove(d) {
+  assert(!is_owned(d));
+  assert(holder[d] == me && (remover[d] == 0 || remover[d] == me || dead[remover[d]]));
+  remover[d] = me
+}
 #ifdef VARIANT_LOCK_FILE_FIRST
 inline remove_tree(d) {
   atomic { may_remove(d); named[d] = false; printf("process %d: removes the lock file of directory %d\n", me, d) };
@@ -68,6 +73,17 @@ inline remove_tree(d) {
   atomic { if :: is_empty(d) -> stands[d] = NOWHERE; printf("process %d: directory %d is gone\n", me, d) :: else fi }
 }
 #endif
+
+/* Half-removed, and its lock file is gone: that went last, so there is nothing that two could remove at once. */
+inline remove_without_lock(d) {
+  atomic {
+    assert(!is_owned(d));
+    assert(is_empty(d) || remover[d] == 0 || dead[remover[d]]);
+    record[d] = false; content[d] = false;
+    if :: is_empty(d) -> stands[d] = NOWHERE :: else fi;
+    printf("process %d: removes directory %d, which has no lock file\n", me, d)
+  }
+}
 
 /* ---- an owner: Session.open, a life, an end ------------------------------------------------------------------------ */
 
@@ -199,7 +215,14 @@ next_session:
          :: (stands[q] == UNBORN || stands[q] == ASIDE) && is_empty(q) ->   /* empty: goes at once, its maker tries again */
             stands[q] = NOWHERE; printf("process %d: removes the empty directory %d\n", me, q);
             goto next_directory
+         :: (stands[q] == UNBORN || stands[q] == ASIDE) && !is_empty(q) -> skip
+         :: else -> goto next_directory
+         fi
+       };
+       atomic {                                            /* OwnerLock.take: open_lock(create=False) */
+         if
          :: (stands[q] == UNBORN || stands[q] == ASIDE) && named[q] -> d = q
+         :: (stands[q] == UNBORN || stands[q] == ASIDE) && !named[q] -> goto lockless
          :: else -> goto next_directory
          fi
        };
@@ -215,6 +238,9 @@ next_session:
        };
        remove_tree(d);
        atomic { drop(d) };
+       goto next_directory;
+lockless:
+       remove_without_lock(q);
 next_directory:
        q++
     :: else -> break
@@ -281,7 +307,7 @@ end:
        :: !is_owned(d) && stands[d] == SESSION ->
           assert(record[d] && named[d] && holder[d] == 0)
        :: !is_owned(d) && (stands[d] == UNBORN || stands[d] == ASIDE) ->
-          assert(is_empty(d) || (named[d] && holder[d] == 0))
+          assert(!named[d] || holder[d] == 0)
        :: else
        fi;
        d++
