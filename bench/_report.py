@@ -125,7 +125,7 @@ def _slopes(plt: Any, workload: str, environment: dict[str, str], figures: Seque
         axes.plot(names, [each.median / scale for each in rows], marker="o", color="#1f77b4")
         if rows[0].rounds > 1:
             axes.plot(names, [each.p99 / scale for each in rows], marker=".", color="#d9a441")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * max(each.p99 for each in rows) / scale or 1)
         axes.set_title(f"{case} ({ {'s': 'ms', 'B': 'MiB', 'count': 'number'}[rows[0].unit] })", fontsize=8)
     chart.suptitle(f"{workload} ({environment['machine']})", fontsize=8)
     return chart

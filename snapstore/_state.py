@@ -434,7 +434,8 @@ class State:
             self._retry_sweeps_locked(cleanup.lives)
             if self.observer is not None:
                 cleanup.end = self.observer.ended(named)
-            self._work.notify()
+            if self._closing:
+                self._work.notify()  # with nothing left to write, the writer may end
             self._dirt.notify()
             self._space.notify_all()
             self._rest.notify_all()
