@@ -381,6 +381,7 @@ def test_two_reclaimers_of_one_session_never_meet_in_it(
     end(second)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("rounds", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_eight_processes_that_start_work_and_leave_together(
     processes: Processes, root: Path, rounds: int

@@ -115,6 +115,7 @@ def save_until_refused(store: SnapshotStore, number: int, begun: threading.Event
     raise AssertionError("unreachable")
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("rounds", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_saves_during_shutdown_either_commit_or_are_refused(root: Path, rounds: int) -> None:
     for _ in range(rounds):
