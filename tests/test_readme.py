@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from helpers import tensors
+from remotes import new_memory_url, warm_up
 
-from snapstore import SnapshotStore
+from snapstore import SnapshotStore, StoreOptions
 from snapstore._reasons import FAILED, REJECTED
 from snapstore.testing import FaultyFileSystem
 
@@ -22,6 +23,11 @@ README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _client() -> None:
+    warm_up()
 
 
 @pytest.fixture
@@ -80,6 +86,20 @@ def test_blocks_are_put_and_got(run: Run) -> None:
     content[:] = bytes(7)
     assert blocks.get_into("key", content) and bytes(content) == b"a block"
     blocks.shutdown(cleanup=True)
+
+
+def test_another_node_loads_what_one_has_saved(run: Run, tmp_path: Path) -> None:
+    url = new_memory_url()
+    with SnapshotStore(tmp_path / "other", StoreOptions(remote=url)) as other:
+        assert other.save("request", 1024, tensors(1)).wait_published(5)
+    readme = run(
+        "request.id, remote=True",
+        SnapshotStore=SnapshotStore,
+        StoreOptions=lambda **options: StoreOptions(**{**options, "remote": url}),
+        request=SimpleNamespace(id="request"),
+    )
+    assert (readme["start"], readme["snapshot"].source) == (1024, "remote")
+    readme["store"].shutdown()
 
 
 def test_the_server_forgets_and_shows_its_store(run: Run) -> None:

@@ -536,6 +536,34 @@ class TestTrouble:
         with pytest.raises(SnapshotCorruptError, match="in the remote store"):
             b.load("request", wrong)
 
+    def test_a_manifest_that_comes_altered_is_read_again(self, nodes, eventually):
+        a, b = nodes("a"), nodes("b")
+        a.save("request", 1, tensors(1)).wait_published(5)
+        name, store = _names.manifest_name("request"), there(nodes)
+        raw = bytes(obstore.get(store.client, name).bytes())
+        obstore.put(store.client, name, raw.replace(b"g1", b"g2", 1))
+        with pytest.raises(SnapshotCorruptError):
+            b.load("request", 1)
+        a.cleanup_request("request")
+        eventually(lambda: a.stats().remote.failed >= 2)
+        assert a.stats().remote.endings == 1, "it is not given up"
+        obstore.put(store.client, name, raw)
+        store.close()
+        eventually(lambda: a.stats().remote.endings == 0, timeout_s=15)
+        assert not b.has("request", 1, remote=True)
+        eventually(lambda: objects(nodes) == [])
+
+    def test_an_end_that_can_never_be_read_is_given_up(self, nodes, eventually):
+        a = nodes("a")
+        a.save("request", 1, tensors(1)).wait_published(5)
+        store = there(nodes)
+        obstore.put(store.client, _names.manifest_name("request"), b"{}")
+        store.close()
+        a.cleanup_request("request")
+        eventually(lambda: a.stats().remote.endings == 0, timeout_s=15)
+        with pytest.raises(SnapshotCorruptError):
+            nodes("b").has("request", 1, remote=True)
+
     def test_a_prefix_of_somebody_else_is_not_used(self, nodes, eventually):
         obstore.put(there(nodes).client, _names.MARKER, b'{"format": 99}')
         a = nodes("a")

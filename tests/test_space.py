@@ -357,7 +357,9 @@ def test_a_save_that_the_disk_refuses_fails_with_its_cause_and_nothing_else_does
     files.fail(operation, number, WRITING[operation], times=4, when=when)
     tickets = [store.save("request", token_count, tensors(9)) for token_count in (1, 2, 3, 4)]
     assert [cause_of(ticket) for ticket in tickets] == [number] * 4
-    assert store.health().status == "degraded" and os.strerror(number) in store.health().reasons[0]
+    health = store.health()
+    assert health.status == "degraded" and os.strerror(number) in health.reasons[0]
+    assert os.strerror(number) in (health.last_error or "")
     assert len(warnings_in(caplog)) == 1, "at the change, not one a job"
     assert_same(store.load("request", 1), tensors(1))
     with pytest.raises(SaveFailedError) as caught:

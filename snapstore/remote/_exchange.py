@@ -10,6 +10,7 @@ import functools
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -29,6 +30,9 @@ UNSEEN_S = 15 * 60.0
 _CHANGES = 50
 """How often a manifest may be found changed by others before it counts as a failure."""
 
+_UNREADABLE = 5
+"""How often a manifest may come altered before it counts as altered where it lies."""
+
 _log = logging.getLogger("snapstore.remote")
 
 
@@ -43,6 +47,7 @@ class Exchange:
         self._alone = threading.Lock()
         self._stats = RemoteStats()
         self._uploads: dict[Upload, int] = {}
+        self._unreadable: Counter[str] = Counter()
 
     # -- uploads ------------------------------------------------------------------------------------------------
 
@@ -156,7 +161,7 @@ class Exchange:
 
     def _end(self, ending: Ending, over: Callable[[], None]) -> None:
         try:
-            seen = self._objects.read_manifest(ending.end.request_id)
+            seen = self._read(ending.end.request_id)
             if seen.manifest is not None or ending.attempted:
                 ending.objects |= self._change(ending.end, seen)[0]
                 self._objects.delete(sorted(ending.objects))
@@ -174,13 +179,13 @@ class Exchange:
         cached, binding.seen = binding.seen, None
         if cached is None and event.may_begin and self._objects.swaps:
             cached = Seen(None, None)  # most requests are new, and a put-if-absent is as good as a look
-        seen = cached or self._objects.read_manifest(event.request_id)
+        seen = cached or self._read(event.request_id)
         try:
             dropped, after = self._change(event, seen)
         except Refused:
             if cached is None:
                 raise
-            dropped, after = self._change(event, self._objects.read_manifest(event.request_id))
+            dropped, after = self._change(event, self._read(event.request_id))
         if self._objects.swaps:
             binding.seen = after
         return dropped
@@ -189,7 +194,7 @@ class Exchange:
         """Names of the objects that are visible no more, and the manifest as it is now."""
         with self._alone_if_need_be():
             if not self._objects.swaps:
-                seen = self._objects.read_manifest(event.request_id)
+                seen = self._read(event.request_id)
             for _ in range(_CHANGES):
                 wanted = decide(seen.manifest, event)
                 if wanted == seen.manifest:
@@ -197,10 +202,25 @@ class Exchange:
                 written = self._objects.write_manifest(wanted, seen)
                 if written is not None:
                     return _objects_of(seen.manifest) - wanted.objects, written
-                seen = self._objects.read_manifest(event.request_id)
+                seen = self._read(event.request_id)
         raise RemoteFailure(
             f"the manifest of {event.request_id!r} was changed by others {_CHANGES} times on end"
         )
+
+    def _read(self, request_id: str) -> Seen:
+        """The manifest. One that is altered is read again later, since it may be the wire; after that it is corrupt."""
+        try:
+            seen = self._objects.read_manifest(request_id)
+        except SnapshotCorruptError as error:
+            with self._lock:
+                self._unreadable[request_id] += 1
+                given_up = self._unreadable[request_id] > _UNREADABLE
+            if given_up:
+                raise
+            raise RemoteFailure(f"the manifest of {request_id!r} can not be read: {error}") from error
+        with self._lock:
+            self._unreadable.pop(request_id, None)
+        return seen
 
     @contextmanager
     def _alone_if_need_be(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from snapstore.remote._manifest import Manifest, decode, encode
 MULTIPART_BYTES = 16 * 1024 * 1024
 _PART_BYTES = 8 * 1024 * 1024
 _MARKER = {"format": 1}
+_CHECKSUMS = {"checksum_algorithm", "aws_checksum_algorithm"}
 
 NO_PUT_IF_ABSENT = "put-if-absent: an object that two nodes give one name may be overwritten"
 NO_COMPARE_AND_SWAP = (
@@ -65,10 +67,14 @@ def connect(url: str, options: Mapping[str, Any], timeout_s: float) -> Any:
     given = dict(options)
     if url.startswith("file:"):
         return from_url(url, **{"mkdir": True, "automatic_cleanup": True, **given})
-    limits = {
+    limits: dict[str, Any] = {
         "timeout": timedelta(seconds=timeout_s),
         "connect_timeout": timedelta(seconds=min(5.0, timeout_s)),
     }
+    if url.startswith(("s3:", "s3a:")) and not {*given, *(given.get("config") or {})} & _CHECKSUMS:
+        given["checksum_algorithm"] = "sha256"  # else what is altered on its way there is taken as it comes
+    if os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"):
+        limits["allow_http"] = True  # obstore forgets this variable where it is given any client options
     given["client_options"] = {**limits, **(given.get("client_options") or {})}
     given.setdefault("retry_config", {"max_retries": 2, "retry_timeout": timedelta(seconds=timeout_s)})
     try:
