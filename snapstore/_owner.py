@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -38,8 +37,8 @@ class OwnerRecord:
     opened_at_s: float
 
     @classmethod
-    def of_this_process(cls) -> OwnerRecord:
-        return cls(os.getpid(), socket.gethostname(), _boot_id(), _start_time(), time.time())
+    def of_this_process(cls, opened_at_s: float) -> OwnerRecord:
+        return cls(os.getpid(), socket.gethostname(), _boot_id(), _start_time(), opened_at_s)
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()

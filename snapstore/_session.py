@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ MARKER_FORMAT = 1
 _GIVEN = "given"
 """In the marker of a root that was there before the first store: its mode is its maker's affair."""
 _ATTEMPTS = 16
+_CLOCK_AHEAD_S = 7 * 86400
 
 
 @dataclass(slots=True)
@@ -172,7 +174,7 @@ def _build(files: FileSystem, root: str, durable: bool) -> tuple[str, OwnerLock,
         lock = OwnerLock.take(files, unborn, create=True)
         if lock is None:
             return None
-        record = OwnerRecord.of_this_process()
+        record = OwnerRecord.of_this_process(_opening_time(files, root))
         _write_file(files, join(unborn, _paths.OWNER_RECORD), record.to_json())
         files.make_directory(join(unborn, _paths.TEMPORARY))
         files.make_directory(join(unborn, _paths.TRASH))
@@ -185,6 +187,17 @@ def _build(files: FileSystem, root: str, durable: bool) -> tuple[str, OwnerLock,
         _unmake(files, unborn, lock)
         raise
     return unborn, lock, record
+
+
+def _opening_time(files: FileSystem, root: str) -> float:
+    """Now; but later than every session that stands in the root, also where the clock was set back since.
+
+    Of two sessions the later one is to be known by its time. A name that is far ahead is no clock's.
+    """
+    now_s = time.time()
+    opened = filter(None, map(_paths.session_opened_at, files.names(root)))
+    ahead = [at_s for at_s in opened if now_s < at_s <= now_s + _CLOCK_AHEAD_S]
+    return max(ahead) + 1.0 if ahead else now_s
 
 
 def _unmake(files: FileSystem, path: str, lock: OwnerLock | None) -> None:

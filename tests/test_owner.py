@@ -83,7 +83,7 @@ def test_a_program_that_is_started_does_not_inherit_the_lock(root: Path) -> None
 
 
 def test_a_record_tells_process_host_boot_and_start(tmp_path: Path) -> None:
-    record = OwnerRecord.of_this_process()
+    record = OwnerRecord.of_this_process(1.5)
     assert record.pid == os.getpid() and record.host == socket.gethostname() and record.same_machine
     if sys.platform == "linux":
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
@@ -108,7 +108,7 @@ def test_a_record_of_no_known_boot_is_of_this_machine_by_its_host_only(
 ) -> None:
     """Two machines that tell no boot are not one machine."""
     monkeypatch.setattr("snapstore._owner._boot_id", lambda: "")
-    assert OwnerRecord.of_this_process().same_machine
+    assert OwnerRecord.of_this_process(0.0).same_machine
     assert not OwnerRecord(1, "another", "", "", 0.0).same_machine
 
 

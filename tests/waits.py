@@ -58,6 +58,7 @@ def waits_of(root: Path, timeout_s: float, until_the_end: ExitStack) -> dict[str
         return await AsyncSnapshotStore(awaited.store).flush(timeout_s)
 
     return {
+        "nothing": lambda: threading.Event().wait(timeout_s),
         "save": lambda: store.save("more", 1, TENSORS),
         "result": lambda: shared.in_hand.result(timeout_s),
         "exception": lambda: shared.behind.exception(timeout_s),
