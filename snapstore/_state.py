@@ -819,8 +819,8 @@ class State:
         self._settle_locked(job, SaveState.CANCELLED, self._why_cancelled_locked(job), settled)
 
     def _fail_locked(self, job: Job, error: BaseException, settled: _Settled) -> None:
-        if job.life.newest.get(job.key.token_count, 0) <= job.sequence:
-            job.life.failed[job.key.token_count] = error
+        if job.life.newest.get(job.key.token_count, 0) <= job.sequence and not job.fetched:
+            job.life.failed[job.key.token_count] = error  # what was fetched is where it was
         self._ledger.fail(job.nbytes, error)
         outcome = SaveFailedError(f"the save of {job.key} failed: {error}; save it again", key=job.key)
         outcome.__cause__ = error
@@ -855,6 +855,7 @@ class State:
             self._unmark_locked(job)
         if in_hand:
             self._let_go_locked(job.life)
+        self._forget_if_empty_locked(job.life)
 
     def _unmark_locked(self, job: Job) -> None:
         generation = job.life.generation

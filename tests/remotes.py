@@ -13,6 +13,7 @@ import obstore
 from obstore.store import MemoryStore
 
 from snapstore import SnapshotStore, StoreOptions
+from snapstore._files import FileSystem
 
 _numbers = itertools.count()
 
@@ -40,10 +41,10 @@ class Nodes:
         self.client_options = dict(self._given)
         self._open: list[SnapshotStore] = []
 
-    def __call__(self, name: str, **options: Any) -> SnapshotStore:
+    def __call__(self, name: str, file_system: FileSystem | None = None, **options: Any) -> SnapshotStore:
         given = {"node": name, "timeout_s": 5.0, **self._given, **options.pop("remote_options", {})}
         chosen = StoreOptions(remote=self.url, remote_options=given, **{**self._options, **options})
-        store = SnapshotStore(self.folder / name, chosen)
+        store = SnapshotStore(self.folder / name, chosen, file_system=file_system)
         self._open.append(store)
         return store
 

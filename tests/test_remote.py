@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import secrets
 import threading
@@ -122,6 +123,20 @@ class TestRoundTrip:
             assert b.load("request", 1024).source == "remote"
         b.shutdown()
         assert b.stats().accepted == 0
+
+    @pytest.mark.parametrize("why", ["no memory", "no space"])
+    def test_what_can_not_be_kept_is_loaded_all_the_same(self, nodes, monkeypatch, files, eventually, why):
+        nodes("a").save("request", 1, tensors(1)).wait_published(5)
+        with nodes("b", file_system=files) as b:
+            if why == "no space":
+                files.fail("write", errno.ENOSPC, ".tmp")
+            else:
+                monkeypatch.setattr(_fetch, "allocate", lambda nbytes: (_ for _ in ()).throw(MemoryError()))
+            assert b.load("request", 1).source == "remote"
+            eventually(lambda: b.stats().failed == 1)
+            assert b.boundaries("request") == ()
+            eventually(lambda: b.stats().live_requests == 0)
+            assert_same(b.load("request", 1), tensors(1))
 
     def test_frameworks_dtypes_and_odd_shapes(self, anywhere):
         torch = pytest.importorskip("torch")

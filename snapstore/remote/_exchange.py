@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from snapstore._committed import CommittedFile
-from snapstore._errors import SnapshotCorruptError
+from snapstore._errors import RemoteUnavailableError, SnapshotCorruptError
 from snapstore._files import FileSystem
 from snapstore._types import RemoteStats, SnapshotKey
 from snapstore.remote._lives import Binding, Ending, Upload
@@ -125,7 +125,7 @@ class Exchange:
     def _upload_failed(self, upload: Upload, error: BaseException) -> None:
         """Something of this one upload: a local file that can not be read, a manifest that nobody can."""
         extra = {"event": "publish_failed", "request_id": upload.commit.info.key.request_id}
-        _log.warning("publish_failed: %s: %s", upload.commit.info.key, error, extra=extra)
+        _log.log(_level_of(error), "publish_failed: %s: %s", upload.commit.info.key, error, extra=extra)
         self._finish(upload, f"{type(error).__name__}: {error}")
 
     def _finish(self, upload: Upload, why_not: str | None) -> None:
@@ -153,7 +153,7 @@ class Exchange:
 
         def failed(error: BaseException) -> None:
             extra = {"event": "remote_end_failed", "request_id": ending.end.request_id}
-            _log.warning("remote_end_failed: %r: %s", ending.end.request_id, error, extra=extra)
+            _log.log(_level_of(error), "remote_end_failed: %r: %s", ending.end.request_id, error, extra=extra)
 
         with self._lock:
             self._count(endings=1)
@@ -266,6 +266,11 @@ class Exchange:
         self._stats = replace(
             self._stats, **{name: getattr(self._stats, name) + by for name, by in more.items()}
         )
+
+
+def _level_of(error: BaseException) -> int:
+    """What only comes to its end with the store is in shutdown's report, or written down for the next one."""
+    return logging.DEBUG if isinstance(error, RemoteUnavailableError) else logging.WARNING
 
 
 def _objects_of(manifest: Manifest | None) -> frozenset[str]:

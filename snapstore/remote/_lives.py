@@ -63,7 +63,9 @@ class Upload:
     tag: str = ""
     file_bytes: int = 0
     put_s: float | None = None
+    finished: bool = False
     waiters: list[Future[None]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def token_count(self) -> int:
@@ -79,11 +81,26 @@ class Upload:
         key = self.commit.info.key
         self.name = _names.object_name(key.request_id, self.binding.life, key.token_count)
 
+    def tell(self, waiter: Future[None]) -> bool:
+        """Have it told at the end. False: that is over."""
+        with self.lock:
+            if not self.finished:
+                self.waiters.append(waiter)
+            return not self.finished
+
+    def give_up_waiters(self) -> list[Future[None]]:
+        """Those who wait for a later upload from now on."""
+        with self.lock:
+            waiters, self.waiters = self.waiters, []
+        return waiters
+
     def finish(self, why_not: str | None = None) -> None:
         """Tell whoever waits."""
         if why_not is None and self.ticket is not None:
             self.ticket._publish()
-        waiters, self.waiters = self.waiters, []
+        with self.lock:
+            self.finished = True
+            waiters, self.waiters = self.waiters, []
         for waiter in waiters:
             if why_not is None:
                 waiter.set_result(None)
@@ -122,7 +139,7 @@ def upload_of(
     earlier = binding.queued.get(key.token_count)
     if earlier is not None:
         earlier.replaced = True
-        upload.waiters, earlier.waiters = earlier.waiters, []
+        upload.waiters = earlier.give_up_waiters()
     binding.queued[key.token_count] = upload
     binding.used = True
     binding.tickets.pop(key.token_count, None)

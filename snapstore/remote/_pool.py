@@ -89,7 +89,7 @@ class Pool:
             refused = self._closing or (task.kind is Kind.ASK and self._opened and not self._breaker.closed)
             if not refused:
                 self._waiting[task.kind].append(task)
-                self._change.notify()
+                self._change.notify_all()  # who waits for idleness waits for the same
             error = self._unavailable_locked()
         if refused:
             task.failed(error)

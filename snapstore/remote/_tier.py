@@ -212,16 +212,15 @@ class RemoteTier:
                 )
                 continue
             binding = self._bound(commit)
+            upload = binding.queued.get(key.token_count)
+            if upload is not None and upload.commit is commit and upload.tell(waiter):
+                continue
             if binding.published.get(key.token_count) is commit:
                 waiter.set_result(None)
                 continue
-            upload = binding.queued.get(key.token_count)
-            if upload is not None and upload.commit is commit:
-                upload.waiters.append(waiter)
-                continue
             known, ticket = binding.tickets.get(key.token_count, (None, None))
             upload = upload_of(binding, commit, ticket if known is commit else None)
-            upload.waiters.append(waiter)
+            upload.tell(waiter)
             self._exchange.begin_upload(upload)
 
     def _gone(self, commit: Commit) -> bool:
