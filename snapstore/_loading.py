@@ -84,10 +84,12 @@ class Loader:
         return loaded
 
     def _read(self, read: Callable[[Callable[[Header], memoryview]], tuple[Header, str]]) -> Loaded:
-        """Have it read into memory for the tensors' framework and device."""
+        """Have it read into memory for the tensors' framework and device: into the last that was asked for."""
         taken: list[tuple[Adapter, Device | None, HostBuffer]] = []
 
         def memory(header: Header) -> memoryview:
+            while taken:  # it is read once more, and may be another by now
+                taken.pop()[2].give_back()
             adapter, device = self._target(header.facts.framework if header.facts else "numpy")
             taken.append((adapter, device, self._buffer(device, header.layout.nbytes)))
             return taken[0][2].view
@@ -98,7 +100,7 @@ class Loader:
             for _, _, buffer in taken:
                 buffer.give_back()
             raise
-        adapter, device, buffer = taken[-1]
+        ((adapter, device, buffer),) = taken
         return self._deliver(adapter, device, header.layout, buffer), metadata_json
 
     def _target(self, framework: str) -> tuple[Adapter, Device | None]:

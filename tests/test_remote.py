@@ -537,6 +537,38 @@ class TestTrouble:
         assert b.boundaries("request") == ()
         store.close()
 
+    def test_what_comes_whole_at_the_second_try_is_what_is_loaded(self, nodes, monkeypatch):
+        a, b = nodes("a"), nodes("b")
+        a.save("request", 1, tensors(1)).wait_published(5)
+        real, altered = obstore.get_range, []
+
+        def alter_once(client, name, **span):
+            content = bytearray(real(client, name, **span))
+            if is_object(name) and not altered:
+                altered.append(name)
+                content[-1] ^= 1
+            return content
+
+        monkeypatch.setattr(obstore, "get_range", alter_once)
+        assert_same(b.load("request", 1), tensors(1))
+        assert altered
+
+    def test_what_was_published_anew_between_two_tries_is_what_is_loaded(self, nodes, monkeypatch):
+        a, b = nodes("a"), nodes("b")
+        a.save("request", 1, tensors(1)).wait_published(5)
+        real, replaced = obstore.get_range, []
+
+        def replace_once(client, name, **span):
+            content = bytearray(real(client, name, **span))
+            if is_object(name) and not replaced:
+                replaced.append(name)
+                content[-1] ^= 1
+                a.save("request", 1, tensors(2, 50_000)).wait_published(5)
+            return content
+
+        monkeypatch.setattr(obstore, "get_range", replace_once)
+        assert_same(b.load("request", 1), tensors(2, 50_000))
+
     def test_an_object_of_another_snapshot_is_corrupt(self, nodes):
         a, b = nodes("a"), nodes("b")
         for count in (1, 2):
