@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -42,36 +43,46 @@ def copy_bytes(source: memoryview, target: memoryview) -> None:
 
 
 class BufferPool:
-    """Staging buffers, kept for reuse up to ``keep_bytes``. Safe from any thread, without a lock.
+    """Buffers, kept for reuse up to ``keep_bytes``. Safe from any thread, without a lock.
 
     ``deque.append`` and ``pop`` are atomic, so a buffer is either here or with exactly one holder. Two threads that
-    return buffers at once may keep one buffer too many for a moment, never hand one out twice.
+    return buffers at once may keep one buffer too many for a moment, never hand one out twice. Nor is one handed out
+    that anything still refers to, whoever said that it is over: then it is freed with the last who does.
     """
 
     def __init__(self, keep_bytes: int) -> None:
         self._keep_bytes = keep_bytes
-        self._idle: dict[int, deque[memoryview]] = {}
+        self._idle: dict[int, deque[mmap.mmap]] = {}
 
     def take(self, nbytes: int) -> memoryview:
         """A buffer of at least ``nbytes``; its old content is whatever it was."""
         size = size_class(nbytes)
         idle = self._idle.get(size)
-        if idle:
+        while idle:
             try:
-                return idle.pop()
+                area, references = _popped(idle)
             except IndexError:
-                pass  # another thread took the last one between the look and the pop
+                break  # another thread took the last one between the look and the pop
+            if references <= _ALONE:
+                return memoryview(area)
         return allocate(size)
 
     def give_back(self, buffer: memoryview) -> None:
-        """Keep ``buffer`` for the next ``take``. The caller holds no view of it any more."""
+        """Keep ``buffer`` for a ``take`` that comes when nobody holds a view of it any more."""
         if self.idle_bytes + len(buffer) <= self._keep_bytes:
-            self._idle.setdefault(len(buffer), deque()).append(buffer)
+            area = buffer.obj
+            assert isinstance(area, mmap.mmap)
+            self._idle.setdefault(len(buffer), deque()).append(area)
 
     def lend(self, nbytes: int) -> memoryview:
-        """A buffer for somebody else to keep: it comes back by itself when its last view is gone."""
+        """A buffer for somebody else to keep: it comes back by itself when its last view is gone.
+
+        The cyclic collector may say so too early, before a ``__del__`` that keeps a view: hence the look in ``take``.
+        """
         buffer = self.take(nbytes)
-        lent = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+        lent = (ctypes.c_char * max(nbytes, 1)).from_buffer(
+            buffer
+        )  # no more, since numpy lets one get at all of it
         weakref.finalize(lent, self.give_back, buffer).atexit = False
         return memoryview(lent).cast("B")[:nbytes]
 
@@ -85,10 +96,22 @@ class BufferPool:
         return sum(size * len(buffers) for size, buffers in tuple(self._idle.items()))
 
 
+def _popped(idle: deque[mmap.mmap]) -> tuple[mmap.mmap, int]:
+    """The one that came last, and how many references to it there are."""
+    area = idle.pop()
+    return area, sys.getrefcount(area)
+
+
+_ALONE = _popped(deque([mmap.mmap(-1, 1)]))[1]
+
+
 def size_class(nbytes: int) -> int:
     """Round up to one of four sizes an octave, in pages: at most a quarter more than asked for, untouched."""
     step = max(_PAGE_BYTES, (1 << max(nbytes - 1, 0).bit_length()) // 8)
     return -(-max(nbytes, 1) // step) * step
+
+
+def _nothing() -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -101,7 +124,7 @@ class HostImage:
 
     layout: Layout
     look: Callable[[], Sequence[memoryview]]
-    on_release: Callable[[], None] = lambda: None
+    on_release: Callable[[], None] = _nothing
     keeps: Any = field(default=None)
 
     @property
@@ -110,9 +133,9 @@ class HostImage:
         return self.look()
 
     def release(self) -> None:
-        self.look = tuple
-        self.keeps = None
-        self.on_release()
+        give_back, self.on_release = self.on_release, _nothing
+        self.look, self.keeps = tuple, None
+        give_back()
 
 
 def segments_of(layout: Layout, buffer: memoryview) -> list[memoryview]:
