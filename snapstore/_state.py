@@ -488,10 +488,10 @@ class State:
     def keep(self, life: Life, key: SnapshotKey, nbytes: int, content: Content) -> Job | None:
         """``- -> STAGING`` of what was fetched, to be admitted at once; ``None``: no room, or no need. Never waits."""
         with self._lock:
-            if not life.alive or self._room.waiting or self._has_locked(life, key):
+            if not life.alive or self._room.waiting or not self._room.fits(nbytes):
                 return None
-            if not self._room.fits(nbytes):
-                return None
+            if self._has_locked(life, key) or any(job.key == key for job in life.staging):
+                return None  # what is saved here is later, also while it is being copied
             try:
                 self._refuse_locked(key, nbytes)
             except (DiskQuotaError, StoreClosedError):

@@ -1904,3 +1904,59 @@ def test_3_adopted_snapshots_are_read_and_cleaned_like_any_other(hands: Hands) -
 def test_9_adopted_snapshots_are_swept_though_nothing_was_saved_beside_them(hands: Hands) -> None:
     hands.state.adopt(SnapshotInfo(SnapshotKey("a", 1), 7, Path("session/a.g7/1"), 10), disk_bytes=100)
     assert len(hands.clean("a").lives) == 1 and hands.sweep() == [7]
+
+
+# -- fetch ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bring", [Hands.reserve, Hands.queue, Hands.write])
+def test_7_what_was_fetched_takes_no_save_s_place(hands: Hands, bring: Callable[[Hands], Job]) -> None:
+    """Neither that of one that is being copied, nor of one that waits, nor of one that is on disk."""
+    job = bring(hands)
+    life = hands.state.begin_fetch("a")
+    assert hands.state.keep(life, job.key, 10, CONTENT) is None
+    hands.state.end_fetch(life)
+    assert bring is not Hands.reserve or hands.admit(job)
+    assert hands.find() is not None and hands.now.cancelled == 0
+
+
+def test_7_a_save_takes_the_place_of_what_was_fetched(hands: Hands) -> None:
+    life = hands.state.begin_fetch("a")
+    fetched = hands.state.keep(life, SnapshotKey("a", 1), 10, CONTENT)
+    assert fetched is not None
+    saved = hands.queue("a", 1)
+    assert not hands.admit(fetched)
+    hands.state.end_fetch(life)
+    assert hands.find("a", 1) is saved and fetched.ticket.state is SaveState.CANCELLED
+
+
+def test_10_what_was_fetched_and_kept_balances_and_is_cleaned_up_as_a_save_is(hands: Hands) -> None:
+    life = hands.state.begin_fetch("a")
+    fetched = hands.state.keep(life, SnapshotKey("a", 1), 10, CONTENT)
+    assert fetched is not None and (hands.now.accepted, hands.now.pending_bytes) == (1, 10)
+    assert hands.admit(fetched)
+    hands.state.end_fetch(life)
+    assert hands.claim() is fetched and hands.commit(fetched)
+    assert (hands.now.committed, hands.now.pending, hands.now.live_snapshots) == (1, 0, 1)
+    cleanup = hands.clean("a")
+    assert (cleanup.removed, hands.sweep()) == (1, [life.generation])
+    hands.state.freed(life.doomed_bytes)
+    assert (hands.now.live_requests, hands.now.session_bytes, hands.now.trash_bytes) == (0, 0, 0)
+
+
+def test_9_a_life_that_only_fetches_held_ends_with_the_last_of_them(hands: Hands) -> None:
+    one, other = hands.state.begin_fetch("a"), hands.state.begin_fetch("a")
+    assert one is other and hands.finds_nothing("a")
+    hands.state.end_fetch(one)
+    assert one.alive
+    hands.state.end_fetch(other)
+    assert not one.alive and hands.now.live_requests == 0 and hands.sweep() == []
+
+
+def test_4_a_cleanup_ends_what_is_on_its_way_from_afar(hands: Hands) -> None:
+    life = hands.state.begin_fetch("a")
+    hands.clean("a")
+    assert not hands.state.join(life, SnapshotKey("a", 1), "remote life")
+    assert hands.state.keep(life, SnapshotKey("a", 1), 10, CONTENT) is None
+    hands.state.end_fetch(life)
+    assert hands.now.live_requests == 0 and hands.now.accepted == 0
