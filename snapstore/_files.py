@@ -104,7 +104,7 @@ class FileSystem:
             return os.open(name, flags, dir_fd=fd)
 
     def reserve(self, fd: int, nbytes: int) -> None:
-        """Room on disk for a file that will be so long; nothing where the file system has no such thing.
+        """Room on disk for a file that will be so long; nothing where that is not to be had but by writing.
 
         A large file is then written in 0.7 x the time (ext4), and a full disk is known before the first byte.
         """
@@ -230,7 +230,8 @@ class FileSystem:
 
 
 _KEEP_SIZE = 1
-_NO_RESERVING = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+_NO_RESERVING = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EINTR})
+"""Not known here, not allowed in a sandbox, or a signal came: the file is written without."""
 
 
 def _fallocate_here() -> Callable[[int, int, int, int], int] | None:

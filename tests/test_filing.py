@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
+import tracing
 from safetensors.numpy import load
 
 from snapstore._filing import CHUNK_BYTES, write_snapshot
@@ -49,6 +54,42 @@ def test_whatever_the_sizes_the_file_is_whole(kind: str, write_bytes_max: int, c
     assert {name: array.tobytes() for name, array in load(content).items()} == {
         spec.name: bytes(segment) for spec, segment in zip(layout.specs, segments, strict=True)
     }
+
+
+RESERVE = """
+import sys
+from snapstore._files import FileSystem
+files = FileSystem()
+fd = files.create(sys.argv[1])
+try:
+    files.reserve(fd, 4096)
+except OSError as error:
+    print(type(error).__name__, error.errno)
+else:
+    print("goes on")
+"""
+
+
+@pytest.mark.skipif(not tracing.works(), reason="wants strace")
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        ("EINTR", "goes on"),
+        ("EPERM", "goes on"),
+        ("EOPNOTSUPP", "goes on"),
+        ("ENOSPC", f"OSError {errno.ENOSPC}"),
+        ("EDQUOT", f"OSError {errno.EDQUOT}"),
+        ("EIO", f"OSError {errno.EIO}"),
+    ],
+)
+def test_room_that_can_not_be_reserved_fails_a_save_only_where_the_disk_says_why(
+    tmp_path: Path, error: str, answer: str
+) -> None:
+    """A signal may interrupt ``fallocate``, a sandbox forbid it, a file system not know it."""
+    command = [sys.executable, "-c", RESERVE, str(tmp_path / "file")]
+    tracer = [str(tracing.STRACE), "-f", "-o", "/dev/null", "-e", f"inject=fallocate:error={error}"]
+    done = subprocess.run([*tracer, *command], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == (answer, "")
 
 
 class Counting(MemoryFileSystem):
