@@ -195,8 +195,9 @@ class Engine:
     def _run_sweeper(self) -> None:
         """The sweeper thread's top, likewise."""
         try:
-            self._run("sweeper", self._sweeper.run, self.state.sweeper_died)
+            self._run("sweeper", self._sweeper.run, lambda error, **_: self.state.sweeper_died(error))
         finally:
+            self.state.sweeper_ended()
             self._leave()
 
     def _run(self, name: str, run: Callable[[], None], died: Callable[..., None]) -> None:

@@ -91,6 +91,7 @@ class State:
         self._writer_may_end = False
         self._writer_gone = False
         self._sweeper_may_end = False
+        self._sweeper_gone = False
         self._sweeper_waits_for_writer = False
         self._sweep_asked = False
         self._ledger = Ledger()
@@ -279,19 +280,22 @@ class State:
             self._publish_locked()
         self._announce(settled)
 
-    def sweeper_died(self, error: BaseException, *, for_good: bool) -> None:
-        """The sweeper thread ended by a bug. What it had in hand is tried again, or ``for_good`` left as it is."""
+    def sweeper_died(self, error: BaseException) -> None:
+        """The sweeper thread ended by a bug, and may be started again: what it had in hand is tried again."""
         with self._lock:
             self._ledger.removal_error = in_words(error)
             unswept = [life for lives in self._dying.values() for life in lives if not life.busy]
             self._to_sweep.clear()
-            if for_good:
-                for life in unswept:
-                    life.sweep_error = OSError(errno.EIO, "the sweeper thread is gone")
-            else:
-                self._to_sweep += [life for life in unswept if life.sweep_error is None]
+            self._to_sweep += [life for life in unswept if life.sweep_error is None]
             self._rest.notify_all()
             self._publish_locked()
+        self._ring()
+
+    def sweeper_ended(self) -> None:
+        """The sweeper thread is about to be gone: nobody waits for it any more."""
+        with self._lock:
+            self._leave_unswept_locked()
+            self._rest.notify_all()
         self._ring()
 
     def writer_ended(self) -> None:
@@ -431,7 +435,10 @@ class State:
                 if life is not None:
                     self._end_life_locked(life, cleanup, settled)
                 cleanup.lives += self._dying.get(request_id, ())
-            self._retry_sweeps_locked(cleanup.lives)
+            if self._sweeper_gone:
+                self._leave_unswept_locked()
+            else:
+                self._retry_sweeps_locked(cleanup.lives)
             if self.observer is not None:
                 cleanup.end = self.observer.ended(named)
             if self._closing:
@@ -694,6 +701,13 @@ class State:
             self._ledger.cleanup_timeouts += 1
             self._publish_locked()
         return int(self._writing is not None and self._writing[0].life in lives)
+
+    def _leave_unswept_locked(self) -> None:
+        """Nobody removes files any more: whoever waits for it is told so, now and from here on."""
+        self._sweeper_gone = True
+        for lives in self._dying.values():
+            for life in lives:
+                life.sweep_error = OSError(errno.EIO, "the sweeper thread is gone")
 
     def _retry_sweeps_locked(self, lives: list[Life]) -> None:
         for life in lives:

@@ -7,7 +7,9 @@ import itertools
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -169,3 +171,15 @@ def test_a_snapshot_that_was_loaded_outlives_the_store(root: Path) -> None:
     snapshot = store.load("request", 1)
     store.shutdown(cleanup=True)
     assert_same(snapshot, tensors(1))
+
+
+def test_a_cleanup_after_shutdown_waits_for_nobody_and_says_that_the_files_stay(
+    root: Path, deadline: Callable[[float], AbstractContextManager[None]]
+) -> None:
+    store = SnapshotStore(root)
+    info = store.save("request", 1, tensors()).result(10)
+    assert store.shutdown().clean
+    with deadline(1.0):
+        report = store.cleanup_request("request")
+    assert not report.clean and report.removed == 1 and not store.has("request", 1)
+    assert info.path.exists(), "for the next store, which discards or adopts it"

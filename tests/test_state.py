@@ -1012,7 +1012,7 @@ def test_6_bells_ring_outside_the_lock_after_whatever_may_end_a_wait(hands: Hand
         assert rings(hands.state.finish_cancelled, job)
         hands.start("b")
         assert rings(lambda: hands.state.writer_died(KeyError("bug"), for_good=False))
-        assert rings(lambda: hands.state.sweeper_died(KeyError("bug"), for_good=False))
+        assert rings(lambda: hands.state.sweeper_died(KeyError("bug")))
         assert rings(hands.state.close, "over")
         assert rings(hands.state.abandon_rest)
     assert not rings(hands.clean)
@@ -1582,7 +1582,7 @@ def test_9_a_sweeper_that_died_is_started_again_with_what_it_had_in_hand(hands: 
     hands.clean("a"), hands.clean("held")
     assert hands.state.take_dirt() == lives[:1]
     hands.clean("b")
-    hands.state.sweeper_died(KeyError("bug"), for_good=False)
+    hands.state.sweeper_died(KeyError("bug"))
     assert "bug" in (hands.now.last_error or "")
     assert hands.state.claim_dirt() == lives, "each once, and not what is held"
     hands.state.end_hold(held.life)
@@ -1594,20 +1594,22 @@ def test_9_a_sweeper_that_died_twice_over_one_life_leaves_the_failed_ones_to_a_c
     hands.clean()
     assert hands.state.take_dirt() == [failed, other]
     hands.state.not_swept(failed, OSError("busy"))
-    hands.state.sweeper_died(KeyError("bug"), for_good=False)
+    hands.state.sweeper_died(KeyError("bug"))
     assert hands.state.take_dirt() == [other]
     assert hands.clean("a").lives == [failed] and hands.state.take_dirt() == [failed]
 
 
-def test_9_a_sweeper_that_died_for_good_lets_nobody_wait(hands: Hands, script: Script) -> None:
-    life = hands.write("a").life
-    lives = hands.clean("a").lives
+def test_9_nobody_waits_for_a_sweeper_that_has_ended(hands: Hands, script: Script) -> None:
+    before, after = hands.write("a").life, hands.write("b").life
+    cleanup = hands.clean("a")
+    assert hands.state.take_dirt() == [before]
     started_s = script.now_s
-    script.meanwhile(lambda: hands.state.sweeper_died(KeyError("bug"), for_good=True))
-    assert hands.state.await_swept(lives, 2.0) == 0
-    assert script.now_s == started_s and not life.swept and life.sweep_error is not None
-    assert life.sweep_error.args == (errno.EIO, "the sweeper thread is gone")
-    assert hands.state.take_dirt() == [] and not hands.state.removals_work()
+    script.meanwhile(hands.state.sweeper_ended)
+    for lives in (cleanup.lives, hands.clean("b").lives, hands.clean("a", "b").lives):
+        assert lives and hands.state.await_swept(lives, 2.0) == 0 and script.now_s == started_s
+    assert not before.swept and not after.swept and after.sweep_error is not None
+    assert after.sweep_error.args == (errno.EIO, "the sweeper thread is gone")
+    assert not hands.state.removals_work()
 
 
 def test_9_a_sweep_that_failed_is_tried_again_at_the_end(hands: Hands) -> None:

@@ -687,17 +687,17 @@ class StateMachine(RuleBasedStateMachine):
         era.sweep = "swept"
 
     @precondition(lambda self: self.sweeping or self.trash)
-    @rule(really=seldom, for_good=st.booleans())
-    def sweeper_dies(self, really: bool, for_good: bool) -> None:
-        """And is started again, or what it leaves is given up until the next cleanup."""
+    @rule(really=seldom)
+    def sweeper_dies(self, really: bool) -> None:
+        """And is started again."""
         if not really:
             return
-        self.state.sweeper_died(OSError("bug"), for_good=for_good)
+        self.state.sweeper_died(OSError("bug"))
         self.removal_error = "OSError: bug"
         self.sweeping = []
         for era in self.eras:
-            if era.sweep in ("dirty", "taken"):
-                era.sweep = "failed" if for_good else "dirty"
+            if era.sweep == "taken":
+                era.sweep = "dirty"
 
     @precondition(lambda self: self.trash)
     @rule()
