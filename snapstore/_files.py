@@ -240,12 +240,8 @@ def _fallocate_here() -> Callable[[int, int, int, int], int] | None:
         function = ctypes.CDLL(None, use_errno=True).fallocate
     except (OSError, AttributeError):
         return None
-    function.argtypes = (
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_long,
-        ctypes.c_long,
-    )  # off_t, on 64-bit machines
+    off_t = ctypes.c_long  # on 64-bit machines
+    function.argtypes = (ctypes.c_int, ctypes.c_int, off_t, off_t)
     return function if sys.maxsize > 2**32 else None
 
 

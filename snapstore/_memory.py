@@ -80,9 +80,8 @@ class BufferPool:
         The cyclic collector may say so too early, before a ``__del__`` that keeps a view: hence the look in ``take``.
         """
         buffer = self.take(nbytes)
-        lent = (ctypes.c_char * max(nbytes, 1)).from_buffer(
-            buffer
-        )  # no more, since numpy lets one get at all of it
+        exactly = ctypes.c_char * max(nbytes, 1)  # since numpy's ``base`` is all of it
+        lent = exactly.from_buffer(buffer)
         weakref.finalize(lent, self.give_back, buffer).atexit = False
         return memoryview(lent).cast("B")[:nbytes]
 

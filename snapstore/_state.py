@@ -452,9 +452,7 @@ class State:
 
     def await_swept(self, lives: Sequence[Life | End], timeout_s: float) -> int:
         """Wait until the sweeper is done with these lives, or failed. How many the writer has in hand at the end."""
-        left = list(
-            reversed(lives)
-        )  # the sweeper goes through them in this order: one look at each is enough
+        left = list(reversed(lives))  # the sweeper goes from their first to their last: one look at each
 
         def over() -> bool:
             while left and left[-1].settled:

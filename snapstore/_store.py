@@ -187,9 +187,7 @@ class SnapshotStore:
             except FileNotFoundError as error:
                 if found is missing:
                     raise gone(found.info) from error
-                missing = (
-                    found  # a cleanup or a later save may have come between the look and the open: look again
-                )
+                missing = found  # a cleanup or a later save may have come before the open: look again
 
     def _load_there(self, tier: Tier, key: SnapshotKey, loader: Loader) -> tuple[Loaded, Source]:
         try:
@@ -448,9 +446,7 @@ def shutdown_all(
         thread = Threads().thread("snapstore-shutdown-all", partial(end, index, store))
         try:
             thread.start()
-        except (
-            RuntimeError
-        ):  # the interpreter ends, or the process has as many threads as it may: one by one, then
+        except RuntimeError:  # the interpreter ends, or no thread more may be: one by one, then
             end(index, store)
         else:
             started.append(thread)

@@ -67,9 +67,7 @@ class NumpyAdapter:
 
     def copy_into(self, sources: Sequence[_Array], layout: Layout, buffer: memoryview) -> None:
         """Blocks for one copy of the bytes, and holds the GIL but between slices of them."""
-        area: Any = (
-            buffer.obj
-        )  # an mmap takes any array's bytes as they are, at a quarter of a memoryview's cost
+        area: Any = buffer.obj  # an mmap takes an array's bytes at a quarter of a memoryview's cost
         for array, offset, size in zip(sources, layout.offsets, layout.sizes, strict=True):
             if not array.flags.c_contiguous:
                 _copy(np.ndarray(array.shape, array.dtype, buffer, offset), array)

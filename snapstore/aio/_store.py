@@ -225,9 +225,8 @@ class AsyncSnapshotStore:
 
         if await self._until_true(at_rest, deadline_s, poll_s=_REST_POLL_S):
             return True
-        return self.store.drain_request(
-            request_id, timeout_s=0
-        )  # takes back what no device has begun to read
+        # Takes back what no device has begun to read.
+        return self.store.drain_request(request_id, timeout_s=0)
 
     async def detach(
         self,

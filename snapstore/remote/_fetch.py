@@ -67,10 +67,7 @@ class RangedFetch:
 
     def read(self, memory: Callable[[Header], memoryview], *, verify: bool) -> tuple[Header, str]:
         """See ``_door.Fetch.read``."""
-        for last in (
-            False,
-            True,
-        ):  # what is gone since the look, or came altered over the wire, is looked for again
+        for last in (False, True):  # what is gone since the look, or came altered, is looked for again
             found = self.look()
             entry = found.boundaries.get(self.key.token_count) if found else None
             if found is None or entry is None:
@@ -106,9 +103,8 @@ class RangedFetch:
             header = self._header(wanted, chunks, entry)
             facts = check_identity(header, self.key, entry.generation)
             target = memory(header)
-            target[::_HUGE_PAGE_BYTES] = bytes(
-                len(target[::_HUGE_PAGE_BYTES])
-            )  # faults it in while others travel
+            pages = target[::_HUGE_PAGE_BYTES]
+            pages[:] = bytes(len(pages))  # faults them in while others travel
             for start, chunk in _offsets(self._arriving(wanted, chunks)):
                 _place(chunk, start - header.data_offset, target)
         except BaseException:
