@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,11 +69,21 @@ class BufferPool:
         return allocate(size)
 
     def give_back(self, buffer: memoryview) -> None:
-        """Keep ``buffer`` for a ``take`` that comes when nobody holds a view of it any more."""
-        if self.idle_bytes + len(buffer) <= self._keep_bytes:
+        """Keep ``buffer`` for a ``take`` that comes when nobody holds a view of it any more.
+
+        Idle buffers of other sizes make room for it: what is saved now is the best guess at what will be.
+        """
+        size = len(buffer)
+        if size > self._keep_bytes:
+            return
+        for other, idle in tuple(self._idle.items()):
+            while other != size and idle and self.idle_bytes + size > self._keep_bytes:
+                with suppress(IndexError):  # another thread took the last one
+                    idle.popleft()
+        if self.idle_bytes + size <= self._keep_bytes:
             area = buffer.obj
             assert isinstance(area, mmap.mmap)
-            self._idle.setdefault(len(buffer), deque()).append(area)
+            self._idle.setdefault(size, deque()).append(area)
 
     def lend(self, nbytes: int) -> memoryview:
         """A buffer for somebody else to keep: it comes back by itself when its last view is gone.

@@ -131,6 +131,20 @@ def test_buffers_are_reused_within_what_may_be_kept() -> None:
     assert pool.idle_bytes == 0
 
 
+def test_idle_buffers_of_other_sizes_make_room_and_no_more_than_that() -> None:
+    pool = BufferPool(keep_bytes=1 << 20)
+    for buffer in [pool.take(256 << 10) for _ in range(4)]:
+        pool.give_back(buffer)
+    assert pool.idle_bytes == 1 << 20
+    pool.give_back(pool.take(512 << 10))
+    assert pool.idle_bytes == 1 << 20, "two of the four went"
+    assert [len(pool.take(size << 10)) >> 10 for size in (256, 512, 256)] == [256, 512, 256]
+    assert pool.idle_bytes == 0
+    pool.give_back(pool.take(512 << 10))
+    pool.give_back(pool.take(2 << 20))
+    assert pool.idle_bytes == 512 << 10, "what can not be kept at all makes nobody go"
+
+
 @pytest.mark.parametrize("left", [lambda view: view[5:7], lambda view: np.frombuffer(view, np.uint8)])
 def test_a_buffer_that_comes_back_too_early_is_handed_to_nobody(left: Callable[[memoryview], Any]) -> None:
     pool = BufferPool(keep_bytes=1 << 20)
