@@ -10,12 +10,16 @@ wakeup descriptor, and a thread that waits for bytes acts:
     end         every store writes what it has, or with ``cleanup`` forgets it and removes its session; all at once
     chain       what was there before: the default action is to leave with status 0
 
+A main thread that leaves by itself meanwhile, say because its saves are refused, waits for the end first: in
+``uninstall``, or as the interpreter exits.
+
 Each step has its share of the grace, none waits for one store longer than for another, and whatever a step raises, the
 next one is made. A second SIGTERM changes nothing; the end of the grace does.
 """
 
 from __future__ import annotations
 
+import atexit
 import enum
 import logging
 import os
@@ -23,6 +27,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -102,6 +107,8 @@ class SigtermHandler:
         self._cleanup = cleanup
         self._phase = _Phase.WAITING
         self._main_leaves = threading.Event()
+        self._over = threading.Event()
+        self._deadline_s = float("inf")
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._watcher = threading.Thread(target=self._watch, name="snapstore-sigterm", daemon=True)
@@ -111,17 +118,19 @@ class SigtermHandler:
         # A copy: the number may be closed and mean something else by the time there is a byte to pass on.
         self._pass_on_to = os.dup(self._previous_wakeup) if self._previous_wakeup != -1 else -1
         _installed.append(self)
-        _register_at_fork_once()
+        _register_once()
 
     def uninstall(self) -> None:
         """Put back the handler and the wakeup descriptor that were there. Twice is fine; in the main thread only.
 
+        While SIGTERM is ending the stores, it waits for that first, at most for what is left of the grace.
         Where somebody has installed a handler on top, that one stays, and SIGTERM passes through this one untouched.
         """
         if threading.current_thread() is not threading.main_thread():
             raise ValueError("a signal handler can be uninstalled in the main thread only")
         if self._phase is _Phase.OFF:
             return
+        self._await_end()
         self._restore()
         os.set_blocking(self._writer, True)
         os.write(self._writer, _STOP)
@@ -134,6 +143,11 @@ class SigtermHandler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.uninstall()
+
+    def _await_end(self) -> None:
+        """Whoever leaves while the stores are being ended would take the threads with it that end them."""
+        if self._phase is _Phase.ENDING:
+            self._over.wait(max(0.0, self._deadline_s - time.monotonic()))
 
     def _restore(self) -> None:
         self._phase = _Phase.OFF
@@ -182,11 +196,12 @@ class SigtermHandler:
                 if byte != signal.SIGTERM or self._phase is _Phase.ENDED:
                     _tell(self._pass_on_to, bytes([byte]))
                 elif self._phase is _Phase.WAITING:
+                    self._deadline_s = time.monotonic() + self._grace_s
                     self._phase = _Phase.ENDING
                     _start("snapstore-sigterm-end", self._end)
 
     def _end(self) -> None:
-        deadline_s = time.monotonic() + self._grace_s
+        deadline_s = self._deadline_s
         _log.info("SIGTERM: ending %d stores within %.1f s", len(self._stores), self._grace_s)
         self._for_each_store("refuse", self._refuse, self._until(deadline_s, _REFUSED_BY))
         copied_by_s = self._until(deadline_s, _COPIED_BY)
@@ -199,6 +214,7 @@ class SigtermHandler:
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, signal.SIGTERM)
+        self._over.set()
         if self._previous == signal.SIG_DFL:
             self._leave(deadline_s)
 
@@ -273,10 +289,17 @@ _mask = threading.local()
 _registered: list[bool] = []
 
 
-def _register_at_fork_once() -> None:
+def _register_once() -> None:
     if not _registered:
         _registered.append(True)
         os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
+        atexit.register(_at_exit)
+
+
+def _at_exit() -> None:
+    with suppress(SystemExit):  # the default action: it is leaving already
+        for handler in _installed:
+            handler._await_end()
 
 
 def _before_fork() -> None:

@@ -36,6 +36,7 @@ from actions import (
 )
 from helpers import tensors
 from processes import PATIENCE_S, Talk
+from pruning import prune
 
 from snapstore import (
     RootError,
@@ -63,6 +64,19 @@ def dies_with_snapshots(talk: Talk, root: str, request_ids: list[str] | None = N
         save(store, key, version).result(PATIENCE_S)
     talk.say("saved", store.session.name)
     os._exit(0)
+
+
+def prunes_and_dies(talk: Talk, root: str, moment: int, rules: dict[str, Any]) -> None:
+    """Kills itself before the change of the disk that has this number."""
+    files, count = FaultyFileSystem(), iter(range(moment))
+
+    def step() -> None:
+        if next(count, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for operation in ("unlink", "rename", "remove_directory"):
+        files.call(operation, step, times=float("inf"))
+    prune(Path(root), files, **rules)
 
 
 def acts(talk: Talk, root: str, action: str, operation: str | None = None, skip: int = 0) -> None:
@@ -561,6 +575,24 @@ async def _waits_in_asyncio(talk: Talk, store: SnapshotStore) -> None:
     await save(store, ("a", 0), 0)
     talk.say("ready", store.session.name)
     await asyncio.sleep(PATIENCE_S)
+
+
+def leaves_when_it_is_refused(talk: Talk, root: str, how: str) -> None:
+    """Its loop ends at the first save that SIGTERM has refused, while the disk still holds up the end of the store."""
+    files = FaultyFileSystem()
+    store = SnapshotStore(root, file_system=files)
+    save(store, ("a", 0), 0).result(PATIENCE_S)
+    gate = files.pause("remove_directory", "")
+    threading.Thread(target=lambda: (talk.hear(), gate.open()), daemon=True).start()
+    handler = install_sigterm_handler(store, grace_s=PATIENCE_S)
+    talk.say("ready", store.session.name)
+    with suppress(StoreClosedError):
+        for number in itertools.count(1):
+            save(store, ("a", number), number)
+    gate.wait_reached()
+    talk.say("leaves")
+    if how == "uninstall":
+        handler.uninstall()
 
 
 def is_terminated_in_a_loop_with_handlers(talk: Talk, root: str, when: str) -> None:

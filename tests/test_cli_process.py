@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import struct
@@ -91,9 +92,11 @@ def test_it_starts_in_less_than_150_ms(dead: Path, tmp_path: Path, command: tupl
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     times_s = [1.0]
     while min(times_s) >= 0.150 and len(times_s) < 40:  # on a busy machine the first may not be the fastest
-        started_s = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([*COMMAND, *arguments], check=True, capture_output=True, env=environment)
-        times_s.append(time.perf_counter() - started_s)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Of the processor, since it waits for nothing: how busy the machine is does not count.
+        times_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times_s) < 0.150, times_s
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,18 +14,16 @@ from typing import Any
 import pytest
 import roots
 from helpers import assert_same
+from processes import Processes
+from pruning import planned, prune
 
 from snapstore import SnapshotCorruptError, SnapshotStore, StoreOptions, _paths
 from snapstore._files import FileSystem
-from snapstore._maintenance.plan import Plan, Rules, make_plan
 from snapstore._maintenance.prune import PruneReport, carry_out
-from snapstore._maintenance.root import Root, opened_root
-from snapstore._maintenance.survey import sessions, surroundings
+from snapstore._maintenance.root import opened_root
 from snapstore._maintenance.verify import verify_root
 from snapstore._owner import OwnerLock
 from snapstore.testing import FaultyFileSystem
-
-FAR = 4_000_000_000.0
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +37,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dead(template: Path, root: Path) -> Path:
     """A root with the session of a killed process."""
     return roots.copy_of(template, root)
-
-
-def planned(root: Root, **rules: Any) -> Plan:
-    found = sessions(root, request_ids="request" in rules)
-    return make_plan(found, surroundings(root), Rules(**rules), FAR)
-
-
-def prune(path: Path, files: FileSystem | None = None, **rules: Any) -> PruneReport:
-    with opened_root(files or FileSystem(), str(path), to_change=True) as root:
-        return carry_out(root, planned(root, **rules))
 
 
 def assert_sound(path: Path) -> None:
@@ -311,13 +298,14 @@ def changes(template: Path, root: Path, **rules: Any) -> int:
 
 @pytest.mark.parametrize("rules", [{}, {"keep_latest": 1}], ids=["whole", "partly"])
 def test_killed_at_any_moment_it_leaves_a_sound_root_and_the_next_prune_finishes(
-    template: Path, tmp_path: Path, rules: dict[str, Any]
+    processes: Processes, template: Path, tmp_path: Path, rules: dict[str, Any]
 ) -> None:
     moments = changes(template, tmp_path / "count", **rules)
     assert moments > 8
     for moment in range(moments):
         root = roots.copy_of(template, tmp_path / f"killed-{moment}")
-        _prune_and_die(root, moment, rules)
+        child = processes.start("prunes_and_dies", root=str(root), moment=moment, rules=rules)
+        assert child.wait() == -signal.SIGKILL
         assert_sound(root)
         report = prune(root, **rules)
         assert report.errors == ()
@@ -325,20 +313,3 @@ def test_killed_at_any_moment_it_leaves_a_sound_root_and_the_next_prune_finishes
             assert len(roots.snapshots_in(root)) == len(roots.REQUESTS)
         else:
             assert names(root) == {_paths.MARKER}
-
-
-def _prune_and_die(root: Path, moment: int, rules: dict[str, Any]) -> None:
-    """In a forked child, which kills itself before the operation of that number."""
-    child = os.fork()
-    if child == 0:
-        files, count = FaultyFileSystem(), iter(range(moment))
-
-        def step() -> None:
-            if next(count, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        for operation in ("unlink", "rename", "remove_directory"):
-            files.call(operation, step, times=float("inf"))
-        prune(root, files, **rules)
-        os._exit(99)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

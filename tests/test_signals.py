@@ -91,6 +91,22 @@ def test_a_python_handler_is_called_once_in_the_main_thread_when_the_stores_have
     assert [line for line in lines if line.startswith("chained")] == ["chained True dead"]
 
 
+@pytest.mark.parametrize("how", ["uninstall", "exit"])
+def test_a_main_thread_that_leaves_meanwhile_does_not_stop_the_ending(
+    processes: Processes, root: Path, how: str
+) -> None:
+    child = processes.start("leaves_when_it_is_refused", root=str(root), how=how)
+    ready(child)
+    child.signal(signal.SIGTERM)
+    assert child.says() == "leaves"
+    with pytest.raises(TimeoutError):
+        child.wait(1.0)
+    assert sessions_in(root) != []
+    child.tell()
+    assert child.wait() == 0
+    assert sessions_in(root) == []
+
+
 def test_a_python_handler_that_returns_keeps_the_process_and_gets_the_next_sigterm_at_once(
     processes: Processes, root: Path
 ) -> None:
