@@ -9,15 +9,16 @@ TOKEN_COUNT_MAX = 2**63 - 1
 
 
 def checked_key(request_id: str, token_count: int) -> SnapshotKey:
-    """The key of these two."""
+    """The key of these two, as a plain ``str`` and a plain ``int``."""
     check_token_count(token_count, "token_count")
-    return SnapshotKey(checked_request_id(request_id), token_count)
+    return SnapshotKey(checked_request_id(request_id), int.__index__(token_count))
 
 
 def checked_request_id(request_id: str) -> str:
-    """Any text that UTF-8 can encode."""
+    """Any text that UTF-8 can encode, as a plain ``str``: other classes may format, compare and hash as they like."""
     if not isinstance(request_id, str):
         raise TypeError(f"request_id must be a str, not {type(request_id).__name__}")
+    request_id = str.__str__(request_id)
     try:
         request_id.encode()
     except UnicodeEncodeError as error:

@@ -24,8 +24,9 @@ def move_out(
     ``durable``: a power cut from then on leaves it there. On an error the file is still at ``path``, and nothing is at
     ``destination`` that was not there before.
     """
-    target = os.path.abspath(os.fspath(destination))
-    if target == session.root or target.startswith(join(session.root, "")):
+    target = os.path.abspath(os.fsdecode(destination))
+    real = join(files.resolve(os.path.dirname(target)), os.path.basename(target))
+    if join(real, "").startswith(join(files.resolve(session.root), "")):
         raise ValueError(
             f"destination {target} is inside the store's root, where files are the store's; name another"
         )

@@ -52,6 +52,7 @@ class Engine:
         self._ending = threads.lock()
         self._report: Future[ShutdownReport] = threads.future()
         self._deaths: list[str] = []
+        self._waited_for: list[object] = []
         self._leaving = threads.lock()
         self._inside = 2
         durable = options.durability != "none"
@@ -84,6 +85,11 @@ class Engine:
         return os.getpid() == self._pid
 
     @property
+    def waits_for_this_thread(self) -> bool:
+        """The caller runs on the writer's thread, or on that which ends the store: in a callback of a ticket."""
+        return self.threads.this_thread() in self._waited_for
+
+    @property
     def writer_alive(self) -> bool:
         return self._writer_thread.is_alive()
 
@@ -100,15 +106,11 @@ class Engine:
         """Take no more saves. What is accepted is still written."""
         self.state.close(why)
 
-    def shutdown(self, *, cleanup: bool, timeout_s: float) -> ShutdownReport:
-        """End everything within ``timeout_s``; only the first call counts, the others wait for its report.
+    def begin_shutdown(self, *, cleanup: bool, timeout_s: float) -> Future[ShutdownReport]:
+        """End everything within ``timeout_s``; only the first call counts, the others get its report. Never blocks.
 
         It happens on a thread of its own, so that no caller's interruption stops it half-way.
         """
-        return self.begin_shutdown(cleanup=cleanup, timeout_s=timeout_s).result()
-
-    def begin_shutdown(self, *, cleanup: bool, timeout_s: float) -> Future[ShutdownReport]:
-        """``shutdown`` without the wait: where its report will be. Not to be cancelled."""
         deadline_s = self.monotonic_s() + timeout_s
         if not self._ending.locked():
             thread = self.threads.thread("snapstore-shutdown", lambda: self._end(cleanup, deadline_s))
@@ -186,6 +188,7 @@ class Engine:
 
     def _run_writer(self) -> None:
         """The writer thread's top: a bug that ends it is recorded, and the writer is started once more."""
+        self._waited_for.append(self.threads.this_thread())
         try:
             self._run("writer", self._writer.run, self.state.writer_died)
         finally:
@@ -230,6 +233,7 @@ class Engine:
         """All of a shutdown. Whatever a step raises, the next ones are made, and the report says it."""
         if not self._ending.acquire(blocking=False):
             return
+        self._waited_for.append(self.threads.this_thread())
         ending = _Shutdown(
             self.monotonic_s(), self.state.published, Ending(remove=cleanup, remove_if_empty=True)
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
+
+from snapstore._threads import LONGEST_S
 
 Durability = Literal["none", "data", "full"]
 OnFull = Literal["wait", "reject"]
@@ -97,11 +98,11 @@ class StoreOptions:
 
 
 def seconds(value: float, name: str) -> float:
-    """Check a duration: a finite number of seconds, 0 or more."""
+    """Check a duration: a number of seconds from 0 to the longest that a lock can be waited for."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and 0 or more, not {value!r}")
+    if not 0 <= value <= LONGEST_S:
+        raise ValueError(f"{name} must be finite, 0 or more and at most {LONGEST_S:.0f}, not {value!r}")
     return float(value)
 
 

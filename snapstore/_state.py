@@ -402,6 +402,10 @@ class State:
             life.busy = True
             commit = self._unlist_locked(life, key.token_count)
             assert commit is not None
+            if not any(job.key == key for job in life.staging):
+                life.newest.pop(
+                    key.token_count, None
+                )  # nobody is to be compared with it; or lives that last fill up
             self._publish_locked()
             return life, commit
 

@@ -74,7 +74,7 @@ class SnapshotStore:
         if options is not None and not isinstance(options, StoreOptions):
             raise TypeError(f"options must be StoreOptions, not {type(options).__name__}")
         self._options = options or StoreOptions()
-        path = os.path.abspath(os.fspath(root))
+        path = os.path.abspath(os.fsdecode(root))
         self._engine = Engine(path, self._options, file_system or FileSystem(), threads or Threads())
         self._state = self._engine.state
         _open_engines.add(self._engine)
@@ -333,7 +333,8 @@ class SnapshotStore:
         found = self._state.find(key, max(0.0, deadline_s - now_s()))
         if isinstance(found, Job):
             self._state.let_go_memory(found)
-            found.ticket.exception(max(0.0, deadline_s - now_s()))
+            if not _ended(found.ticket, max(0.0, deadline_s - now_s())):
+                raise TimeoutError(f"{key} is not on disk yet; try again later, or with a longer timeout_s")
 
     # -- publish ------------------------------------------------------------------------------------------------
 
@@ -386,8 +387,16 @@ class SnapshotStore:
 
         Refuses new saves, then writes what is accepted, or with ``cleanup`` forgets everything and removes the session
         directory; then stops its threads. Without ``cleanup`` the files stay, for the next store to adopt or discard.
+
+        ``RuntimeError`` in a done callback on a thread that it would wait for: it has begun all the same, and goes on.
         """
-        return self.begin_shutdown(cleanup=cleanup, timeout_s=timeout_s).result()
+        ending = self.begin_shutdown(cleanup=cleanup, timeout_s=timeout_s)
+        if not ending.done() and self._engine.waits_for_this_thread:
+            raise RuntimeError(
+                "shutdown can not be waited for in a done callback: it waits for this thread; "
+                "it goes on when the callback returns. Call begin_shutdown() there"
+            )
+        return ending.result()
 
     def begin_shutdown(
         self, *, cleanup: bool = False, timeout_s: float | None = None

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
+LONGEST_S = threading.TIMEOUT_MAX
+"""The longest wait there is: about 292 years."""
+
 
 class Lock(Protocol):
     """As ``threading.Lock``."""
@@ -65,13 +68,21 @@ class Thread(Protocol):
     def is_alive(self) -> bool: ...
 
 
+def on_main_thread() -> bool:
+    """Here interruptions arrive, and the interpreter's exit begins."""
+    return threading.current_thread() is threading.main_thread()
+
+
 def _daemon(name: str, target: Callable[[], None]) -> Thread:
     return threading.Thread(target=target, name=name, daemon=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Threads:
-    """The real ones, unless a test says otherwise. ``thread``: a daemon of this name, not started yet."""
+    """The real ones, unless a test says otherwise.
+
+    ``thread``: a daemon of this name, not started yet. ``this_thread``: what stands for the one that asks.
+    """
 
     monotonic_s: Callable[[], float] = time.monotonic
     lock: Callable[[], Lock] = threading.Lock
@@ -79,3 +90,4 @@ class Threads:
     event: Callable[[], Event] = threading.Event
     future: Callable[[], Future[Any]] = Future
     thread: Callable[[str, Callable[[], None]], Thread] = _daemon
+    this_thread: Callable[[], object] = threading.current_thread

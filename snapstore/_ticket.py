@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 
-from snapstore._threads import Event, Threads
+from snapstore._threads import Event, Threads, on_main_thread
 from snapstore._types import SaveState, SnapshotInfo, SnapshotKey
 
 
@@ -85,8 +85,12 @@ class SaveTicket:
         return self._outcome.exception(timeout_s)
 
     def add_done_callback(self, fn: Callable[[SaveTicket], object]) -> None:
-        """Call ``fn(ticket)`` once at the end, on the thread that ends it (at once if it has ended). Keep it short."""
-        self._outcome.add_done_callback(lambda _: fn(self))
+        """Call ``fn(ticket)`` once at the end, on the thread that ends it (at once if it has ended). Keep it short.
+
+        That is often the writer's own thread: nothing in ``fn`` may wait for another save, and the way to end the store
+        is ``begin_shutdown``. What ``fn`` raises is logged, but an exit or an interruption of the main thread.
+        """
+        self._outcome.add_done_callback(lambda _: self._call(fn))
 
     def __await__(self) -> Generator[object, None, SnapshotInfo]:
         """Await the commit. Cancelling the await abandons the wait, not the save."""
@@ -96,6 +100,16 @@ class SaveTicket:
 
     def __repr__(self) -> str:
         return f"<SaveTicket {self.key} generation {self.generation}: {self._state.value}>"
+
+    def _call(self, fn: Callable[[SaveTicket], object]) -> None:
+        try:
+            fn(self)
+        except Exception:
+            raise  # the future logs it
+        except BaseException as error:
+            if on_main_thread():
+                raise
+            raise RuntimeError(f"a done callback of {self.key} raised {type(error).__name__}") from error
 
     def _move(self, state: SaveState) -> None:
         self._state = state

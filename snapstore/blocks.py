@@ -121,6 +121,7 @@ class BlockStore:
         self._make_room(flat.nbytes)
         self._touch(where)  # before it is there: a block that nobody could discard would stay for ever
         ticket = self._store.save(*_pair(where), {_BYTES: flat}, metadata={"key": key}, borrow=borrow)
+        self._touch(where)  # again: an earlier block in its place may have been discarded in between
         self._count(stored=1, stored_bytes=flat.nbytes)
         return ticket
 
@@ -177,7 +178,10 @@ class BlockStore:
 
     def discard(self, key: str) -> bool:
         """Remove one block that is on disk. Blocks for the disk. False: it is not there, or is being written."""
-        return self._discard(_place(key))
+        where = _place(key)
+        with self._lock:
+            self._used.pop(where, None)
+        return self._discard(where)
 
     def clear(self, *, timeout_s: float | None = None) -> bool:
         """Forget every block, with one wait; False if something is still in the making, to be undone."""
@@ -226,15 +230,20 @@ class BlockStore:
             if where is None:
                 raise _no_room(nbytes, self._max_bytes, missing, "and nothing else can be discarded now")
             tries -= 1
-            if not self._discard(where) and self._store.has(*_pair(where)):
-                self._touch(where)  # on its way to the disk: try the next one
+            self._discard(where)
 
     def _missing_bytes(self, nbytes: int) -> int:
         stats = self._store.stats()
         return stats.session_bytes + stats.pending_bytes + nbytes + FILE_BYTES - (self._max_bytes or 0)
 
     def _discard(self, where: SnapshotKey) -> bool:
-        gone = self._store._discard(where)
+        """What was taken out of the order of use is put back if it stays: it is on its way to the disk."""
+        gone = False
+        try:
+            gone = self._store._discard(where)
+        finally:
+            if not gone and self._store.has(*_pair(where)):
+                self._touch(where)
         self._count(discarded=gone)
         return gone
 

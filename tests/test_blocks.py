@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -205,6 +207,28 @@ def test_what_is_on_its_way_to_the_disk_is_not_discarded(root: Path, files: Faul
         blocks.put("later", content(4, 20 * KiB))
         assert not blocks.has("writing") and blocks.has("later")
         assert blocks.shutdown(cleanup=True).clean
+
+
+def test_what_was_discarded_leaves_no_memory_behind(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that discards as much as it takes goes on for weeks."""
+    monkeypatch.setattr("snapstore.blocks.FOLDERS", 1)  # one that is never empty, as all are in a full store
+    with BlockStore(root) as blocks:
+        blocks.put("stays", b"1")
+
+        def traced_after(keys: list[str]) -> int:
+            for key in keys:
+                blocks.put(key, b"1")
+            flush(blocks)
+            assert all(map(blocks.discard, keys))
+            gc.collect()
+            return tracemalloc.get_traced_memory()[0]
+
+        tracemalloc.start()
+        try:
+            first, second = (traced_after([f"{turn}.{number}" for number in range(400)]) for turn in range(2))
+        finally:
+            tracemalloc.stop()
+        assert (second - first) / 400 < 64
 
 
 def test_nothing_makes_room_for_a_block_that_can_never_fit(root: Path) -> None:

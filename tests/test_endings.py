@@ -318,7 +318,9 @@ def test_a_writer_that_dies_on_the_way_leaves_nothing_held(root: Path, files: Fa
     assert report.session_removed and sessions_in(root) == []
 
 
-def test_callbacks_that_raise_keep_nobody_from_being_told(root: Path, files: FaultyFileSystem) -> None:
+def test_callbacks_that_raise_keep_nobody_from_being_told(
+    root: Path, files: FaultyFileSystem, caplog: pytest.LogCaptureFixture
+) -> None:
     store = SnapshotStore(root, file_system=files)
     told: list[int] = []
     with files.pause("write", ".tmp") as gate:
@@ -328,7 +330,10 @@ def test_callbacks_that_raise_keep_nobody_from_being_told(root: Path, files: Fau
         for number, ticket in enumerate(tickets):
             ticket.add_done_callback(lambda _, number=number: (told.append(number), sys.exit(1)))
         report = store.shutdown(cleanup=True, timeout_s=0.5)
-    assert told == [0, 1, 2, 3] and any("SystemExit" in error for error in report.errors)
+    assert told == [0, 1, 2, 3] and not any("SystemExit" in error for error in report.errors)
+    assert all(
+        f"a done callback of 'a' at {number} tokens raised SystemExit" in caplog.text for number in told
+    )
     assert all(isinstance(ticket.exception(0), SaveCancelledError) for ticket in tickets)
     pinned.exception(10)
     engine_of(store).join_briefly(10)

@@ -23,7 +23,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     # Each module of a layer, with the modules of the same layer that it may import; lower layers are open to all of it.
     {
         "_types": set(),
-        "_options": set(),
+        "_options": {"_threads"},
         "_threads": set(),
         "_errors": {"_types"},
         "_ticket": {"_threads", "_types"},

@@ -133,6 +133,45 @@ def test_saves_during_shutdown_either_commit_or_are_refused(root: Path, rounds: 
         assert store.stats().accepted == store.stats().committed == len(tickets)
 
 
+def test_a_callback_on_a_thread_that_shutdown_waits_for_can_begin_it_and_not_wait(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    store = SnapshotStore(root, file_system=files)
+    told: list[str] = []
+
+    def end(_: object) -> None:
+        try:
+            store.shutdown(timeout_s=20)
+        except RuntimeError as error:
+            told.append(str(error))
+
+    gate = files.pause("create", ".tmp")
+    first = store.save("a", 1, tensors(1))
+    first.add_done_callback(end)
+    store.save("a", 2, tensors(2))
+    gate.open()
+    first.result(10)
+    report = store.shutdown()
+    assert report.clean and report.committed + first.done() == 2 and not report.abandoned
+    assert len(told) == 1 and "begin_shutdown" in told[0]
+
+
+def test_a_callback_that_shuts_down_does_not_stop_the_shutdown_that_cancels_its_save(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    store = SnapshotStore(root, file_system=files)
+    with files.pause("create", ".tmp") as gate:
+        tickets = [store.save("a", count, tensors(count)) for count in range(3)]
+        gate.wait_reached()
+        for ticket in tickets[1:]:
+            ticket.add_done_callback(lambda _: store.shutdown())
+        ending = store.begin_shutdown(cleanup=True, timeout_s=20)
+        for ticket in tickets[1:]:
+            assert isinstance(ticket.exception(10), SaveCancelledError)
+        gate.open()
+        assert ending.result(20).clean
+
+
 def test_the_context_manager_drains_and_keeps(root: Path) -> None:
     with SnapshotStore(root) as store:
         store.save("request", 1, tensors(1))

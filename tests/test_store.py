@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,25 @@ from snapstore.testing import FaultyFileSystem
 def nothing_was_reserved(store: SnapshotStore) -> bool:
     stats = store.stats()
     return (stats.accepted, stats.pending, stats.live_requests) == (0, 0, 0)
+
+
+class Boundary(int):
+    """An int that is written in another way, as members of an ``IntEnum`` or of ``int, Enum`` are."""
+
+    def __format__(self, how: str) -> str:
+        return "../prefill"
+
+    __str__ = __repr__ = lambda self: "prefill"
+
+
+class Name(str):
+    """A str that is a key of its own in every dict."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
 # -- save and load --------------------------------------------------------------------------------------------------
@@ -235,6 +255,7 @@ def test_bad_keys_are_refused_before_anything_is_reserved(
         ({"good": np.zeros(2), "bad": np.array(["text"])}, None, UnsupportedTensorError, "'bad'"),
         ({"bad": [1, 2]}, None, UnsupportedTensorError, "'bad'"),
         ({1: np.zeros(2)}, None, TypeError, "name"),
+        ({Name("plain"): np.zeros(2)}, None, TypeError, "name"),
         ({"__metadata__": np.zeros(2)}, None, ValueError, "__metadata__"),
         ({"fine": np.zeros(2)}, {"shape": (1, 2)}, TypeError, "list"),
         ({"fine": np.zeros(2)}, float("nan"), ValueError, "nan"),
@@ -251,6 +272,45 @@ def test_bad_contents_are_refused_before_anything_is_reserved(
 
 
 # -- wrong answers that differ ----------------------------------------------------------------------------------------
+
+
+def test_subclasses_of_str_and_int_are_the_key_that_they_stand_for(store: SnapshotStore) -> None:
+    info = store.save(Name("request"), Boundary(64), tensors(1)).result(10)
+    assert info.path.name == "64.safetensors" and type(info.key.request_id) is str
+    assert_same(store.load("request", 64), tensors(1))
+    assert store.boundaries(Name("request")) == (64,) and store.has(Name("request"), Boundary(64))
+    assert store.cleanup_request(Name("request")).removed == 1
+
+
+class Restless(Mapping[str, Any]):
+    """A mapping that gives its names in another order, and new tensors, at each look."""
+
+    def __init__(self, framework: Any) -> None:
+        self.framework = framework
+        self.looks = self.gets = 0
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[str]:
+        self.looks += 1
+        return iter(("one", "two") if self.looks % 2 else ("two", "one"))
+
+    def __getitem__(self, name: str) -> Any:
+        self.gets += 1
+        return self.framework.ones(1) * {"one": 1, "two": 2}[name]
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_a_mapping_is_looked_at_once(store: SnapshotStore, framework: str) -> None:
+    """A lazy one (an ``np.load``, a checkpoint) reads each tensor once, and one that changes mixes no names up."""
+    given = Restless(pytest.importorskip(framework))
+    store.save("request", 1, given)
+    assert {name: float(value[0]) for name, value in store.load("request", 1).tensors.items()} == {
+        "one": 1,
+        "two": 2,
+    }
+    assert given.gets == 2
 
 
 def test_what_was_never_saved_is_not_found(store: SnapshotStore) -> None:
@@ -386,7 +446,7 @@ def test_detach_waits_for_the_commit(store: SnapshotStore, files: FaultyFileSyst
     gate = files.pause("write", ".tmp")
     store.save("request", 1, tensors(1))
     gate.wait_reached()
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match="'request' at 1 tokens is not on disk yet"):
         store.detach("request", 1, tmp_path / "mine", timeout_s=0.05)
     timer = threading.Timer(0.05, gate.open)
     timer.start()
@@ -412,8 +472,15 @@ def test_a_detach_that_fails_leaves_the_snapshot_where_it_was(
     store.save("request", 1, tensors(1)).result(10)
     with pytest.raises(FileNotFoundError):
         store.detach("request", 1, tmp_path / "no such folder" / "mine")
-    with pytest.raises(ValueError, match="inside the store's root"):
-        store.detach("request", 1, store.session / "mine")
+    (tmp_path / "link").symlink_to(store.session, target_is_directory=True)
+    for inside in (
+        store.session / "mine",
+        os.fsencode(store.root / "mine"),
+        tmp_path / "link" / "mine",
+        store.root,
+    ):
+        with pytest.raises(ValueError, match="inside the store's root"):
+            store.detach("request", 1, inside)
     assert_same(store.load("request", 1), tensors(1))
 
 
@@ -481,6 +548,24 @@ def test_a_callback_that_raises_does_not_stop_the_writer(
     assert store.save("request", 2, tensors(2)).result(10)
 
 
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_a_callback_that_would_end_its_thread_does_not_end_the_writer(
+    store: SnapshotStore, files: FaultyFileSystem, caplog: pytest.LogCaptureFixture, kind: type[BaseException]
+) -> None:
+    def ends(_: object) -> None:
+        raise kind
+
+    for count in range(3):  # a thread that dies is started once more
+        others: list[object] = []
+        with files.pause("create", ".tmp"), caplog.at_level(logging.CRITICAL):
+            ticket = store.save("request", count, tensors(1))
+            ticket.add_done_callback(ends)
+            ticket.add_done_callback(others.append)
+        assert store.flush(10) and store.save("other", count, tensors(1)).result(10)
+        assert others == [ticket]
+    assert store.health().status == "ok" and store.stats().writer_restarts == 0
+
+
 def test_flush_covers_what_was_accepted_before_it(store: SnapshotStore, files: FaultyFileSystem) -> None:
     with files.pause("create", ".tmp"):
         tickets = [store.save("request", count, tensors(count)) for count in range(5)]
@@ -501,6 +586,8 @@ def test_flush_covers_what_was_accepted_before_it(store: SnapshotStore, files: F
         ({"save_timeout_s": -1}, ValueError),
         ({"save_timeout_s": float("inf")}, ValueError),
         ({"save_timeout_s": "2"}, TypeError),
+        ({"save_timeout_s": 1e10}, ValueError),
+        ({"shutdown_timeout_s": 10**400}, ValueError),
         ({"max_pending_jobs": 0}, ValueError),
         ({"max_pending_bytes": 1.5}, TypeError),
         ({"max_pending_jobs": True}, TypeError),

@@ -61,7 +61,8 @@ def adapter_for(tensors: Mapping[str, Any]) -> Adapter:
     """
     if not isinstance(tensors, Mapping):
         raise TypeError(f"tensors must be a mapping from name to tensor, not {type(tensors).__qualname__}")
-    _check_names(tuple(tensors))
+    names = tuple(tensors)
+    _check_names(names, tuple(map(type, names)))
     frameworks = set(map(_framework_of, set(map(type, tensors.values()))))
     if None in frameworks or len(frameworks) > 1:
         raise _not_of_one(tensors)
@@ -114,8 +115,8 @@ def unsupported(name: str, why: str, *, verb: str = "saved") -> UnsupportedTenso
 
 
 @lru_cache(maxsize=LAYOUTS)
-def _check_names(names: tuple[object, ...]) -> None:
-    """Once for each set of names."""
+def _check_names(names: tuple[object, ...], _kinds: tuple[type, ...]) -> None:
+    """Once for each set of names and their types: a ``str`` of another class may be equal to one that was checked."""
     for name in names:
         _check_name(name)
 

@@ -122,6 +122,7 @@ class World:
             event=partial(_Event, self),
             future=partial(_Future, self),
             thread=partial(_Thread, self),
+            this_thread=getcurrent,
         )
         self._schedule = schedule
         self._tasks: list[Task[Any]] = []
