@@ -876,7 +876,7 @@ class State:
     def _unmark_locked(self, job: Job) -> None:
         generation = job.life.generation
         self.cancelled_in_hand[generation] -= 1
-        if self.cancelled_in_hand[generation] <= 0:
+        if self.cancelled_in_hand[generation] <= 0:  # pragma: no branch - a life is cancelled once
             del self.cancelled_in_hand[generation]
 
     def _publish_locked(self) -> None:

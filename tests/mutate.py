@@ -12,6 +12,8 @@ import fnmatch
 import json
 import os
 import random
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,8 +51,8 @@ TARGETS = (
     Target("format", ("_format",), ("format", "store")),
     Target(
         "writer",
-        ("_writer",),
-        ("store", "faults", "cleanup_races", "space", "logging", "shutdown", "powerloss"),
+        ("_writer", "_filing"),
+        ("store", "filing", "faults", "cleanup_races", "space", "logging", "shutdown", "powerloss"),
     ),
     Target(
         "cleanup",
@@ -62,12 +64,15 @@ TARGETS = (
     ),
 )
 
+_READS_SOURCE = "tests/test_logging.py::test_every_record_above_debug_names_its_event"
+"""It reads the calls in the modules' text, which mutmut has written anew."""
+
 _CONFIGURATION = """
 [tool.mutmut]
 source_paths = ["snapstore"]
 only_mutate = {modules}
 pytest_add_cli_args_test_selection = {tests}
-pytest_add_cli_args = ["-p", "no:cacheprovider", "-x", "--timeout=12"]
+pytest_add_cli_args = ["-p", "no:cacheprovider", "-x", "--timeout=12", "--deselect={reads_source}"]
 also_copy = {copied}
 do_not_mutate_patterns = ["_log.debug"]
 use_git_change_detection = false
@@ -107,20 +112,23 @@ class Survivor:
         )
 
 
-def mutate(target: Target, folder: Path, sample: int | None, seed: int) -> tuple[int, int, list[Survivor]]:
-    """How many mutants there are, how many of them were tried, and those that survived."""
+def mutate(
+    target: Target, folder: Path, sample: int | None, seed: int, limit_s: float | None
+) -> tuple[int, int, list[Survivor]]:
+    """How many mutants there are, how many of them were tried, and those that survived.
+
+    ``limit_s`` ends the trying: mutmut tries those with the quickest tests first, so the rest is the slower ones.
+    """
     _copy(target, folder)
-    if sample is None:
-        _mutmut(folder, "run", "--max-children", "1")
-    else:
-        _mutmut(folder, "run", "--max-children", "1", "no such mutant")  # makes them, and tries none
-        names = sorted(_exit_codes(folder))
-        chosen = random.Random(seed).sample(names, min(sample, len(names)))
-        _mutmut(folder, "run", "--max-children", "1", *chosen)
+    _mutmut(folder, "run", "--max-children", "1", "no such mutant")  # makes them, and tries none
+    names = sorted(_exit_codes(folder))
+    chosen = names if sample is None else random.Random(seed).sample(names, min(sample, len(names)))
+    _mutmut(folder, "run", "--max-children", "1", *chosen, limit_s=limit_s)
     codes = _exit_codes(folder)
     tried = {name: code for name, code in codes.items() if code is not None}
     if not tried:
-        raise RuntimeError(f"{target.name}: no mutant was tried; see {folder}/mutmut.log")
+        said = (folder / "mutmut.log").read_text()[-2000:]
+        raise RuntimeError(f"{target.name}: no mutant was tried; mutmut's last words:\n{said}")
     return (
         len(codes),
         len(tried),
@@ -144,23 +152,34 @@ def _copy(target: Target, folder: Path) -> None:
                 modules=json.dumps([f"snapstore/{name}.py" for name in target.modules]),
                 tests=json.dumps([f"tests/test_{name}.py" for name in target.tests]),
                 copied=json.dumps(["sitecustomize.py", *sorted(copied)]),
+                reads_source=_READS_SOURCE,
             )
         )
 
 
-def _mutmut(folder: Path, *arguments: str) -> str:
+def _mutmut(folder: Path, *arguments: str, limit_s: float | None = None) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-m", "mutmut", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    said = folder / "mutmut.out"
+    with said.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mutmut", *arguments],
+            cwd=folder,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # its children end with it
+        )
+        try:
+            process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # what was tried is noted already, mutant by mutant
+            process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     with (folder / "mutmut.log").open("a") as log:
-        log.write(done.stdout + done.stderr)
-    return done.stdout
+        log.write(said.read_text())
+    return said.read_text()
 
 
 def _exit_codes(folder: Path) -> dict[str, int | None]:
@@ -187,20 +206,38 @@ def reasons() -> list[dict[str, str]]:
     return [dict(entry) for entry in tomllib.loads(REASONS.read_text())["survivor"]]
 
 
+def _command(target: Target, options: argparse.Namespace) -> str:
+    words = [target.name]
+    if options.sample is not None:
+        words += ["--sample", str(options.sample), "--seed", str(options.seed)]
+    if options.minutes is not None:
+        words += ["--minutes", f"{options.minutes:g}"]
+    return f"make mutate ARGS={shlex.quote(' '.join(words))}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="break the code on purpose, and see a test go red")
     parser.add_argument(
         "targets", nargs="*", help=f"of {', '.join(each.name for each in TARGETS)}; all by default"
     )
     parser.add_argument("--sample", type=int, help="so many mutants of each, drawn at random")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument(
+        "--minutes", type=float, help="for the mutants of each target, after its tests ran once without one"
+    )
     options = parser.parse_args()
     known, unexplained = reasons(), 0
     for target in TARGETS:
         if options.targets and target.name not in options.targets:
             continue
         with tempfile.TemporaryDirectory(prefix="snapstore-mutants-") as folder:
-            made, tried, survivors = mutate(target, Path(folder), options.sample, options.seed)
+            made, tried, survivors = mutate(
+                target,
+                Path(folder),
+                options.sample,
+                options.seed,
+                options.minutes and 60 * options.minutes,
+            )
         explained = [each for each in survivors if any(each.matches(entry) for entry in known)]
         killed = tried - len(survivors)
         print(
@@ -212,7 +249,8 @@ def main() -> int:
                 print(f"  {survivor.module}.{survivor.function}\n    {survivor.change}")
         record(
             f"mutants-{target.name}",
-            f"make mutate ARGS={target.name}",
+            _command(target, options),
+            tests=" ".join(target.tests),
             mutants=made,
             tried=tried,
             killed=killed,
