@@ -57,7 +57,7 @@ TARGETS = (
     Target(
         "cleanup",
         ("_cleanup",),
-        ("cleanup_races", "sessions", "shutdown", "space", "endings", "faults", "logging"),
+        ("cleanup_races", "sessions", "shutdown", "space", "endings", "faults", "logging", "aio", "aio_loop"),
     ),
     Target(
         "session", ("_session",), ("sessions", "owner", "crash", "store", "powerloss", "space", "endings")

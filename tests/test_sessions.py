@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import math
@@ -21,7 +22,8 @@ from actions import BEFORE, engine_of, everything_in, let_sweeper_finish, save, 
 from helpers import assert_same, files_below, tensors
 from processes import Processes
 
-from snapstore import RootError, SnapshotNotFoundError, SnapshotStore, StoreOptions
+from snapstore import RootError, SaveFailedError, SnapshotNotFoundError, SnapshotStore, StoreOptions
+from snapstore._cleanup import RECLAIM_SESSIONS
 from snapstore.testing import FaultyFileSystem
 
 ADOPT = StoreOptions(leftovers="adopt")
@@ -824,4 +826,127 @@ def test_a_store_in_use_mends_what_somebody_removed(root: Path, eventually) -> N
     shutil.rmtree(store.session / ".trash")
     assert store.cleanup_request("request").clean
     eventually(lambda: files_below(store.session) == [])
+    end(store)
+
+
+# -- what other processes, and the disk, take from under it -----------------------------------------------------------
+
+
+def test_a_maker_that_always_loses_its_session_gives_up(root: Path, files: FaultyFileSystem) -> None:
+    end(SnapshotStore(root))
+
+    def take_it() -> None:
+        for path in root.glob(".new-*"):
+            shutil.rmtree(path)
+
+    files.call("make_directory", take_it, ".new-", when="after", times=math.inf)
+    with pytest.raises(RootError, match="other processes took every session"):
+        SnapshotStore(root, file_system=files)
+    assert sessions_in(root) == []
+
+
+def test_an_unborn_session_that_somebody_has_locked_is_left_to_him(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    end(SnapshotStore(root))
+    theirs: list[int] = []
+
+    def lock_it() -> None:
+        (path,) = root.glob(".new-*/owner.lock")
+        theirs.append(os.open(path, os.O_RDWR))
+        fcntl.flock(theirs[0], fcntl.LOCK_EX)
+
+    files.call("lock", lock_it, ".new-")
+    store = SnapshotStore(root, file_system=files)
+    assert store.save("own", 1, tensors(1)).result(10)
+    for fd in theirs:
+        os.close(fd)
+    end(store)
+    assert len(theirs) == 1
+
+
+def test_leftovers_beyond_the_bound_of_one_start_are_for_the_next(root: Path) -> None:
+    end(SnapshotStore(root))
+    for number in range(RECLAIM_SESSIONS + 3):
+        (root / f".dead-{number:016x}").mkdir()
+        (root / f".dead-{number:016x}" / "owner.json").write_bytes(b"{}")
+    store = SnapshotStore(root)
+    let_sweeper_finish(store)
+    assert len(sessions_in(root)) == 1 + 3
+    end(store)
+    store = SnapshotStore(root)
+    wait_until(lambda: sessions_in(root) == [store.session])
+    end(store)
+
+
+def test_what_another_machine_left_half_removed_is_not_ours(root: Path) -> None:
+    first = SnapshotStore(root)
+    record = json.loads((first.session / "owner.json").read_text())
+    end(first)
+    theirs = root / ".dead-0123456789abcdef"
+    theirs.mkdir()
+    (theirs / "owner.json").write_text(json.dumps(record | {"host": "another", "boot_id": "another"}))
+    store = SnapshotStore(root)
+    let_sweeper_finish(store)
+    assert sessions_in(root) == [theirs, store.session]
+    (theirs / "owner.json").write_text(json.dumps(record))
+    end(store)
+    store = SnapshotStore(root)
+    wait_until(lambda: sessions_in(root) == [store.session])
+    end(store)
+
+
+def test_leftovers_whose_lock_can_not_be_opened_stay(root: Path, files: FaultyFileSystem) -> None:
+    end(SnapshotStore(root))
+    dead = root / ".dead-0123456789abcdef"
+    dead.mkdir()
+    (dead / "owner.lock").touch()
+    files.fail("open_lock", errno.EACCES, dead.name)
+    store = SnapshotStore(root, file_system=files)
+    let_sweeper_finish(store)
+    assert sessions_in(root) == [dead, store.session]
+    end(store)
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.ENOENT, False), (errno.EIO, True)])
+def test_a_staged_marker_that_will_not_go_is_told_unless_it_is_gone(
+    root: Path, files: FaultyFileSystem, caplog: pytest.LogCaptureFixture, number: int, said: bool
+) -> None:
+    end(SnapshotStore(root))
+    (root / ".snapstore.0123456789abcdef01234567").write_bytes(b"{")
+    files.fail("unlink", number, ".snapstore.")
+    store = SnapshotStore(root, file_system=files)
+    let_sweeper_finish(store)
+    assert ("leftovers_stay" in caplog.text) is said
+    end(store)
+
+
+def test_a_root_whose_marker_is_always_taken_before_it_stands_is_refused(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    def take_it() -> None:
+        for path in root.glob(".snapstore.*"):
+            path.unlink()
+
+    files.call("rename", take_it, ".snapstore", times=math.inf)
+    with pytest.raises(RootError):
+        SnapshotStore(root, file_system=files)
+    assert not (root / ".snapstore").exists()
+
+
+def test_a_session_that_is_lost_again_while_it_is_made_again_is_made_at_the_next_failure(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    store = SnapshotStore(root, file_system=files)
+    shutil.rmtree(store.session)
+
+    def take_it() -> None:
+        for path in root.glob(".new-*"):
+            shutil.rmtree(path)
+
+    files.call("make_directory", take_it, ".new-", when="after")
+    for token_count in (1, 2):  # the second finds that it was not made again, and makes it
+        with pytest.raises(SaveFailedError):
+            store.save("a", token_count, tensors(1)).result(10)
+    assert store.save("a", 3, tensors(1)).result(10)
     end(store)
