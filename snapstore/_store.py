@@ -56,7 +56,7 @@ class SnapshotStore:
     Every method may be called from any thread. ``save``, ``has``, ``boundaries``, ``latest``, ``stats`` and ``health``
     never wait for a disk. As a context manager it shuts down at the end and keeps the files.
 
-    Not in a signal handler or a finalizer (``__del__``): these run in the midst of a thread, which may be one that holds
+    Not in a signal handler or a finalizer (``__del__``): those run in the midst of a thread, which may be one that has
     the store's lock, and would wait for it for ever. Start a thread there; ``stats`` and ``health`` take no lock.
 
     Args:
