@@ -343,6 +343,7 @@ def test_facts_are_exactly_as_the_format_says(key: str, value: str) -> None:
     [
         ("format", "0", "snapstore.format is 0; the first format is 1"),
         ("generation", "1_0", "snapstore.generation is '1_0', not a whole number"),
+        ("framework", "jax", "snapstore.framework is 'jax', none of ('numpy', 'torch', 'mlx')"),
         ("checksum", "crc32", "checksums by 'crc32'; this one knows xxh3_64"),
         ("tensor_checksums", "00", "snapstore.tensor_checksums must have 16 hex digits for each tensor"),
     ],
