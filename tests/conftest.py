@@ -7,6 +7,7 @@ first, since one that ends gives its descriptors back, then descriptors, then fi
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 import sys
@@ -132,6 +133,28 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
     for place in places:
         place.mkdir()
     return places
+
+
+class Deaths(logging.Handler):
+    """Keeps what is told of threads that ended by a bug."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.CRITICAL)
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def no_thread_dies(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A thread that dies of a bug is started again, and a test that looks at the result alone would not notice."""
+    deaths, log = Deaths(), logging.getLogger("snapstore")
+    log.addHandler(deaths)
+    yield
+    log.removeHandler(deaths)
+    if deaths.told and request.node.get_closest_marker("thread_dies") is None:
+        pytest.fail("\n".join(deaths.told))
 
 
 @pytest.fixture(autouse=True)

@@ -278,6 +278,7 @@ def test_a_shutdown_without_a_thread_to_be_had_is_made_by_the_caller(
     assert sessions_in(root) == []
 
 
+@pytest.mark.thread_dies
 def test_a_step_that_raises_keeps_none_of_the_others_from_being_made(
     root: Path, files: FaultyFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +295,7 @@ def test_a_step_that_raises_keeps_none_of_the_others_from_being_made(
     assert sessions_in(root) == []
 
 
+@pytest.mark.thread_dies
 def test_a_writer_that_dies_on_the_way_leaves_nothing_held(root: Path, files: FaultyFileSystem) -> None:
     """Memory, buffers and the session's lock are released all the same, and the report says it."""
     store = SnapshotStore(root, file_system=files)

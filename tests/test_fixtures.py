@@ -91,6 +91,38 @@ def test_a_leaked_thread_fails_its_test_and_no_other(run, daemon):
     )
 
 
+def test_a_thread_of_a_store_that_dies_fails_its_test_unless_it_is_meant_to(run):
+    result = run(
+        """
+        import pytest
+
+        from snapstore import SnapshotStore
+        from snapstore.testing import FaultyFileSystem
+
+        def save_with_a_bug(root):
+            def die():
+                raise SystemExit("a bug")
+
+            files = FaultyFileSystem()
+            files.call("create", die, ".tmp")
+            with SnapshotStore(root, file_system=files) as store:
+                store.save("request", 1, {})
+                assert store.flush(10)
+
+        def test_dies(root):
+            save_with_a_bug(root)
+
+        @pytest.mark.thread_dies
+        def test_is_meant_to(root):
+            save_with_a_bug(root)
+        """,
+    )
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(
+        ["*ERROR at teardown of test_dies*", "*the writer thread died of SystemExit*"]
+    )
+
+
 def test_a_leaked_descriptor_fails_its_test_and_no_other(run):
     result = run(
         """

@@ -748,6 +748,7 @@ def die() -> None:
     raise SystemExit("a bug")
 
 
+@pytest.mark.thread_dies
 def test_a_writer_that_dies_is_started_once_more_with_its_queue(
     root: Path, files: FaultyFileSystem, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -769,6 +770,7 @@ def test_a_writer_that_dies_is_started_once_more_with_its_queue(
     assert store.shutdown(cleanup=True).clean
 
 
+@pytest.mark.thread_dies
 def test_a_writer_that_dies_twice_is_dead_and_says_so(root: Path, files: FaultyFileSystem) -> None:
     store = SnapshotStore(root, file_system=files)
     store.save("kept", 1, tensors(1)).result(10)
@@ -791,6 +793,7 @@ def test_a_writer_that_dies_twice_is_dead_and_says_so(root: Path, files: FaultyF
     assert sessions_in(root) == []
 
 
+@pytest.mark.thread_dies
 def test_a_sweeper_that_dies_is_started_once_more_and_the_session_keeps_its_owner(
     root: Path, files: FaultyFileSystem
 ) -> None:
