@@ -143,7 +143,8 @@ class Deaths(logging.Handler):
         self.told: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.told.append(record.getMessage())
+        if getattr(record, "event", None) == "thread_died":
+            self.told.append(record.getMessage())
 
 
 @pytest.fixture(autouse=True)
