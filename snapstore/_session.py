@@ -89,14 +89,7 @@ class Session:
         cls, files: FileSystem, root: str, unborn: str, lock: OwnerLock, record: OwnerRecord, durable: bool
     ) -> Session:
         path = join(root, _paths.new_session_name(record.opened_at_s, record.pid))
-        try:
-            files.rename(unborn, path)
-            if durable:
-                files.sync_directory(root)
-        except BaseException:
-            _unmake(files, path, None)
-            _unmake(files, unborn, lock)
-            raise
+        _bear(files, root, unborn, path, lock, durable)
         return cls(files, root, path, lock, durable=durable)
 
     def generation_path(self, request_id: str, generation: int) -> str:
@@ -114,7 +107,8 @@ class Session:
     def mend(self) -> None:
         """Make again what somebody removed: the working directories, or all of it. ``OSError`` if it can not be.
 
-        A root without its marker is not filled again: the disk that it was on may just not be mounted.
+        A root without its marker is not filled again: the disk that it was on may just not be mounted. A session that
+        came back meanwhile, with its disk, is kept as it is.
         """
         try:
             for path in (self.temporary, self.trash):
@@ -128,14 +122,7 @@ class Session:
         if built is None:
             return
         unborn, lock, _ = built
-        try:
-            self._files.rename(unborn, self.path)
-            if self.durable:
-                self._files.sync_directory(self.root)
-        except BaseException:
-            _unmake(self._files, self.path, None)
-            _unmake(self._files, unborn, lock)
-            raise
+        _bear(self._files, self.root, unborn, self.path, lock, self.durable)
         of_the_lost_one, self._lock = self._lock, lock
         of_the_lost_one.release()
 
@@ -187,6 +174,19 @@ def _build(files: FileSystem, root: str, durable: bool) -> tuple[str, OwnerLock,
         _unmake(files, unborn, lock)
         raise
     return unborn, lock, record
+
+
+def _bear(files: FileSystem, root: str, unborn: str, path: str, lock: OwnerLock, durable: bool) -> None:
+    """Give a session its name. Where that fails it is gone; what stands under the name is another's, and stays."""
+    at = unborn
+    try:
+        files.rename(unborn, path)
+        at = path
+        if durable:
+            files.sync_directory(root)
+    except BaseException:
+        _unmake(files, at, lock)
+        raise
 
 
 def _opening_time(files: FileSystem, root: str) -> float:

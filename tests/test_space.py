@@ -481,6 +481,23 @@ def test_a_root_that_lost_its_marker_is_not_filled_again(store: SnapshotStore, r
     assert_same(store.load("request", 5), tensors(5))
 
 
+def test_a_session_that_comes_back_while_it_is_made_again_keeps_its_snapshots(
+    store: SnapshotStore, files: FaultyFileSystem, root: Path
+) -> None:
+    store.save("request", 1, tensors(1)).result(10)
+    aside = root.with_name("aside")
+    store.session.rename(aside)
+    with files.pause("rename", ".new-") as gate:
+        ticket = store.save("request", 2, tensors(2))
+        assert cause_of(ticket) == errno.ENOENT
+        gate.wait_reached()
+        aside.rename(store.session)
+    store.save("request", 3, tensors(3)).result(10)
+    for token_count in (1, 3):
+        assert_same(store.load("request", token_count), tensors(token_count))
+    assert sessions_in(root) == [store.session], "the one that was made meanwhile is gone"
+
+
 def test_a_store_whose_session_is_gone_shuts_down(root: Path) -> None:
     for cleanup in (False, True):
         store = SnapshotStore(root)
