@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,7 +41,10 @@ def settle(store: SnapshotStore) -> None:
 
 @pytest.mark.parametrize("gate_at", GATES, ids=lambda gate: f"{gate[2]}-{gate[0]}")
 def test_a_cleanup_that_times_out_while_the_writer_is_in_the_job_leaves_the_file_to_the_writer(
-    store: SnapshotStore, files: FaultyFileSystem, gate_at: tuple[str, str, str]
+    store: SnapshotStore,
+    files: FaultyFileSystem,
+    eventually: Callable[..., None],
+    gate_at: tuple[str, str, str],
 ) -> None:
     operation, path, when = gate_at
     with files.pause(operation, path, when=when) as gate:
@@ -56,6 +60,7 @@ def test_a_cleanup_that_times_out_while_the_writer_is_in_the_job_leaves_the_file
     assert ticket.state is SaveState.CANCELLED
     assert store.cleanup_request("aborted", timeout_s=10).clean
     assert store.stats().cancelled_in_hand == store.stats().writer_restarts == 0
+    eventually(lambda: store.stats().trash_bytes == 0)
     assert [name for name in files_below(store.session) if not name.startswith(".trash")] == []
 
 
@@ -75,6 +80,32 @@ def test_a_cleanup_that_waits_is_clean_once_the_writer_has_let_go(
         report = waiting.result(10)
     assert report.clean and report.cancelled == 1 and report.left_to_writer == 0
     assert [name for name in files_below(store.session) if not name.startswith(".trash")] == []
+
+
+@pytest.mark.parametrize("operation", ["write", "status", "close"])
+def test_a_file_whose_save_was_cancelled_before_its_rename_is_given_no_name(
+    store: SnapshotStore, files: FaultyFileSystem, operation: str
+) -> None:
+    with files.pause(operation, ".tmp") as gate:
+        ticket = store.save("aborted", 64, tensors(1))
+        gate.wait_reached()
+        assert not store.cleanup_request("aborted", timeout_s=0).clean
+    assert isinstance(ticket.exception(10), SaveCancelledError)
+    assert files.count("rename", ".safetensors") == files.count("make_directory", ".g") == 0
+
+
+def test_a_file_whose_save_was_cancelled_in_its_rename_goes_before_the_sweeper_comes(
+    store: SnapshotStore, files: FaultyFileSystem
+) -> None:
+    with files.pause("rename", ".trash") as sweeping:
+        with files.pause("rename", ".safetensors", when="after") as writing:
+            ticket = store.save("aborted", 64, tensors(1))
+            writing.wait_reached()
+            assert not store.cleanup_request("aborted", timeout_s=0).clean
+            assert len(files_below(store.session)) == 1
+        assert isinstance(ticket.exception(10), SaveCancelledError)
+        sweeping.wait_reached()
+        assert files_below(store.session) == []
 
 
 def wait_until_forgotten(store: SnapshotStore, request_id: str, token_count: int) -> None:

@@ -51,7 +51,9 @@ def test_a_failure_says_its_event_its_reason_and_whose_it_is(
         assert ticket.exception(10)
         [record] = told(caplog)
         assert record.name == "snapstore.writer" and record.levelno == logging.WARNING
-        assert record.getMessage().startswith("save_failed (no_space): ")
+        text = record.getMessage()
+        assert text.startswith(f"save_failed (no_space): the save of {ticket.key} failed: OSError: ")
+        assert text.endswith("; what follows of this kind is summed up")
         facts = {name: getattr(record, name) for name in ("event", "reason", "request_id", "token_count")}
         assert facts == {
             "event": "save_failed",
@@ -104,6 +106,13 @@ def test_removals_that_fail_are_told_once(root: Path, caplog: pytest.LogCaptureF
         assert store.cleanup_all().clean
     events = [(record.event, getattr(record, "reason", None)) for record in told(caplog)]
     assert events == [("removal_failed", "denied"), ("removal_failed_over", None)]
+    assert (
+        told(caplog)[0]
+        .getMessage()
+        .startswith(
+            "removal_failed (denied): could not remove; it is tried again at the next cleanup and at shutdown: "
+        )
+    )
 
 
 def test_every_record_above_debug_names_its_event() -> None:

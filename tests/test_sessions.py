@@ -208,6 +208,20 @@ def test_what_is_asked_of_the_store_comes_before_the_leftovers(
     end(store)
 
 
+def test_the_free_space_is_looked_at_now_and_then_while_leftovers_go(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    """Savers that were told that the disk is full learn of the room; but not a look for each file that goes."""
+    leave_session_with(root, {(f"request-{number}", 1): 1 for number in range(60)})
+    files.delay("unlink", 0.005, ".dead-")
+    started_s = time.monotonic()
+    store = SnapshotStore(root, file_system=files)
+    wait_until(lambda: sessions_in(root) == [store.session])
+    looks, took_s = files.count("free_bytes"), time.monotonic() - started_s
+    end(store)
+    assert 3 <= looks <= 3 + took_s / 0.1
+
+
 def test_shutdown_leaves_the_rest_of_the_leftovers_to_the_next_store(
     processes: Processes, root: Path, files: FaultyFileSystem
 ) -> None:

@@ -218,7 +218,7 @@ def test_a_detach_that_would_not_outlast_a_power_cut_leaves_the_file_where_it_wa
 
 
 def test_what_is_forgotten_is_synced_once_for_all_and_a_sync_that_fails_is_said(
-    root: Path, files: FaultyFileSystem
+    root: Path, files: FaultyFileSystem, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Or a power cut could bring it back. It is gone all the same, so the cleaner is told so."""
     store = SnapshotStore(root, StoreOptions(durability="full"), file_system=files)
@@ -230,6 +230,8 @@ def test_what_is_forgotten_is_synced_once_for_all_and_a_sync_that_fails_is_said(
     wait_until(lambda: store.stats().trash_bytes == 0)
     assert operations(files, since).count("sync_directory") == 1
     assert os.strerror(errno.EIO) in str(store.health().reasons)
+    [warning] = warnings_in(caplog)
+    assert warning.startswith("removal_failed (io_error): ") and os.strerror(errno.EIO) in warning
     assert files_below(store.session) == []
     store.save("request", 1, tensors(1)).result(10)
     assert store.cleanup_request("request", timeout_s=10).clean
