@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def test_a_cleanup_that_waits_is_clean_once_the_writer_has_let_go(
 
 @pytest.mark.parametrize("operation", ["write", "status", "close"])
 def test_a_file_whose_save_was_cancelled_before_its_rename_is_given_no_name(
-    store: SnapshotStore, files: FaultyFileSystem, operation: str
+    store: SnapshotStore, files: FaultyFileSystem, caplog: pytest.LogCaptureFixture, operation: str
 ) -> None:
     with files.pause(operation, ".tmp") as gate:
         ticket = store.save("aborted", 64, tensors(1))
@@ -92,6 +93,8 @@ def test_a_file_whose_save_was_cancelled_before_its_rename_is_given_no_name(
         assert not store.cleanup_request("aborted", timeout_s=0).clean
     assert isinstance(ticket.exception(10), SaveCancelledError)
     assert files.count("rename", ".safetensors") == files.count("make_directory", ".g") == 0
+    assert files_below(store.session) == []
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_file_whose_save_was_cancelled_in_its_rename_goes_before_the_sweeper_comes(

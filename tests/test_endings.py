@@ -365,17 +365,20 @@ def test_a_report_counts_what_became_of_the_saves(root: Path, files: FaultyFileS
 
 def test_trash_is_emptied_in_the_time_that_is_left_and_no_longer(root: Path, files: FaultyFileSystem) -> None:
     store = SnapshotStore(root, file_system=files)
-    for number in range(20):
+    for number in range(60):
         save(store, (f"request-{number}", 1), 1).result(10)
     save(store, ("kept", 1), 1).result(10)
-    files.delay("unlink", 0.1, ".trash")
-    for number in range(20):
+    files.delay("unlink", 0.02, ".trash")
+    for number in range(60):
         store.cleanup_request(f"request-{number}", timeout_s=0)
     started_s = time.monotonic()
     report = store.shutdown(timeout_s=0.5)
     assert time.monotonic() - started_s < 0.8
-    assert 0 < report.trash_left < 20
-    assert any("the next store" in error for error in report.errors)
+    assert 0 < report.trash_left < 60
+    assert report.errors in (
+        ("shutdown's time ended before the trash was empty; the next store frees it",),
+        ("the sweeper thread is still in a disk operation; the rest is left to the next store",),
+    )
     wait_until(lambda: liveness_of(store.session) == "dead")
     assert_adoptable(root, {("kept", 1): {1}})
 
@@ -398,14 +401,20 @@ def test_what_was_forgotten_while_the_sweeper_hung_is_not_found_by_the_next_stor
 
 
 def test_a_removal_of_the_session_that_fails_is_in_the_report(root: Path, files: FaultyFileSystem) -> None:
-    for operation, path in (("rename", ".dead-"), ("unlink", ".dead-")):
+    for operation, path, times in (("rename", ".dead-", 1), ("unlink", ".dead-", 2)):
         store = SnapshotStore(root, StoreOptions(leftovers="keep"), file_system=files)
         save(store, ("a", 1), 1).result(10)
-        files.fail(operation, errno.EACCES, path)
+        (store.session / "foreign").touch()
+        files.fail(operation, errno.EACCES, path, times=times)
         report = store.shutdown(cleanup=True)
         assert not report.clean and not report.session_removed
-        assert any("could not remove" in error and "Permission denied" in error for error in report.errors)
-    assert len(sessions_in(root)) >= 1
+        told = [error for error in report.errors if error.startswith("could not remove: [Errno 13]")]
+        assert len(told) == times
+    store = SnapshotStore(root, StoreOptions(leftovers="keep"), file_system=files)
+    files.fail("names", errno.EACCES, store.session.name)
+    [error] = store.shutdown(cleanup=False).errors
+    assert error.startswith("could not remove the session: [Errno 13] ")
+    assert len(sessions_in(root)) == 3
     store = SnapshotStore(root)
     wait_until(lambda: sessions_in(root) == [store.session])
     assert store.shutdown(cleanup=True).clean

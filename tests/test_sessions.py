@@ -93,7 +93,9 @@ def test_sessions_whose_owners_died_are_reclaimed_and_counted(
     end(store)
     told = {record.msg.split(":")[0]: record for record in caplog.records}
     assert told["leftovers_reclaimed"].count == 2 and "leftovers_stay" not in told  # type: ignore[attr-defined]
-    assert "2 sessions" in told["leftovers_reclaimed"].getMessage()
+    assert told["leftovers_reclaimed"].getMessage() == (
+        "leftovers_reclaimed: 2 sessions whose owners are dead"
+    )
 
 
 def test_leftovers_are_kept_where_that_is_asked_for(processes: Processes, root: Path) -> None:
@@ -281,6 +283,12 @@ def test_what_could_not_be_removed_of_a_leftover_is_found_again(
     files.fail("unlink", errno.EIO, ".safetensors", times=math.inf)
     store = SnapshotStore(root, file_system=files)
     wait_until(lambda: "could not be removed" in caplog.text)
+    [record] = [each for each in caplog.records if each.levelno >= logging.WARNING]
+    count, reason = record.count, record.reason  # type: ignore[attr-defined]
+    assert count >= len(BEFORE) and reason == "io_error"
+    assert record.getMessage().startswith(
+        f"leftovers_stay: {count} could not be removed, the first: [Errno 5]"
+    )
     (left,) = [path for path in sessions_in(root) if path != store.session]
     assert (left / "owner.lock").exists()
     end(store)

@@ -308,7 +308,7 @@ def test_what_is_forgotten_counts_until_it_is_off_the_disk(root: Path, files: Fa
     assert store.shutdown(cleanup=True).clean
 
 
-def test_the_free_space_is_what_it_is_after_each_write(root: Path) -> None:
+def test_the_free_space_is_what_it_is_after_each_write_and_each_removal(root: Path) -> None:
     """Not what it was when the store opened."""
     disk = Disk(free_bytes=1_000_000)
     store = SnapshotStore(root, StoreOptions(min_free_bytes=500_000), file_system=disk)
@@ -320,6 +320,9 @@ def test_the_free_space_is_what_it_is_after_each_write(root: Path) -> None:
     assert caught.value.errno == errno.ENOSPC
     assert (caught.value.limit_bytes, caught.value.used_bytes) == (500_000, 550_000)
     assert store.health().free_bytes == 550_000
+    disk.free = 800_000
+    assert store.cleanup_request("request", timeout_s=10).clean
+    wait_until(lambda: store.health().free_bytes == 800_000)
     assert store.shutdown(cleanup=True).clean
 
 
