@@ -17,6 +17,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,14 +120,18 @@ def mutate(
     """How many mutants there are, how many of them were tried, and those that survived.
 
     ``limit_s`` ends the trying: mutmut tries those with the quickest tests first, so the rest is the slower ones.
+    In a ``folder`` of an earlier run, what was killed there and was not changed since is not tried again.
     """
     _copy(target, folder)
     _mutmut(folder, "run", "--max-children", "1", "no such mutant")  # makes them, and tries none
-    names = sorted(_exit_codes(folder))
+    known = _exit_codes(folder)
+    names = sorted(known)
     chosen = names if sample is None else random.Random(seed).sample(names, min(sample, len(names)))
-    _mutmut(folder, "run", "--max-children", "1", *chosen, limit_s=limit_s)
+    open_ones = [name for name in chosen if known[name] is None or known[name] in SURVIVED]
+    if open_ones:
+        _mutmut(folder, "run", "--max-children", "1", *open_ones, limit_s=limit_s)
     codes = _exit_codes(folder)
-    tried = {name: code for name, code in codes.items() if code is not None}
+    tried = {name: codes[name] for name in chosen if codes[name] is not None}
     if not tried:
         said = (folder / "mutmut.log").read_text()[-2000:]
         raise RuntimeError(f"{target.name}: no mutant was tried; mutmut's last words:\n{said}")
@@ -215,6 +221,15 @@ def _command(target: Target, options: argparse.Namespace) -> str:
     return f"make mutate ARGS={shlex.quote(' '.join(words))}"
 
 
+@contextmanager
+def _folder(target: Target, kept_in: Path | None) -> Iterator[Path]:
+    if kept_in is not None:
+        yield kept_in.resolve() / target.name
+        return
+    with tempfile.TemporaryDirectory(prefix="snapstore-mutants-") as name:
+        yield Path(name)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="break the code on purpose, and see a test go red")
     parser.add_argument(
@@ -225,15 +240,18 @@ def main() -> int:
     parser.add_argument(
         "--minutes", type=float, help="for the mutants of each target, after its tests ran once without one"
     )
+    parser.add_argument(
+        "--keep", type=Path, help="a folder to work in: the next run there tries what survived, or is new"
+    )
     options = parser.parse_args()
     known, unexplained = reasons(), 0
     for target in TARGETS:
         if options.targets and target.name not in options.targets:
             continue
-        with tempfile.TemporaryDirectory(prefix="snapstore-mutants-") as folder:
+        with _folder(target, options.keep) as folder:
             made, tried, survivors = mutate(
                 target,
-                Path(folder),
+                folder,
                 options.sample,
                 options.seed,
                 options.minutes and 60 * options.minutes,

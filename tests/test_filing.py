@@ -93,11 +93,16 @@ def test_room_that_can_not_be_reserved_fails_a_save_only_where_the_disk_says_why
 
 
 class Counting(MemoryFileSystem):
-    """Notes where each write went."""
+    """Notes where each write went, and for how much room was asked."""
 
     def __init__(self) -> None:
         super().__init__()
         self.written: list[tuple[int, int]] = []
+        self.reserved: list[int] = []
+
+    def reserve(self, fd: int, nbytes: int) -> None:
+        super().reserve(fd, nbytes)
+        self.reserved.append(nbytes)
 
     def write(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         count = super().write(fd, buffers, offset)
@@ -115,6 +120,8 @@ def test_one_chunk_is_one_write_and_the_header_comes_last() -> None:
     )
     assert [offset > CHUNK_BYTES for offset, _ in disk.written] == [True, True, True, False]
     assert disk.written[-1][0] == 0
+    content = disk.tree()["/large"]
+    assert content is not None and disk.reserved == [len(content)], "a disk that is full says so at once"
 
 
 @pytest.mark.parametrize("asked", range(1, 7))

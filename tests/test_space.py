@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -379,6 +381,19 @@ def test_a_save_that_the_disk_refuses_fails_with_its_cause_and_nothing_else_does
     files.fail(operation, number, WRITING[operation], when=when)
     assert cause_of(store.save("request", 1, tensors(3))) == number
     assert len(warnings_in(caplog)) == 2, "the next change"
+
+
+def test_the_error_of_a_save_keeps_none_of_its_tensors(store: SnapshotStore, files: FaultyFileSystem) -> None:
+    """Whoever keeps the error, or the ticket, keeps no frame of the writer, and so no memory of a request."""
+    files.fail("write", errno.EIO, ".tmp")
+    saved = tensors(1)
+    ticket = store.save("request", 1, saved, borrow=True)
+    error = ticket.exception(10)
+    assert error is not None and ticket.wait_released(10)
+    arrays = [weakref.ref(array) for array in saved.values()]
+    del saved
+    gc.collect()
+    assert [array() for array in arrays] == [None, None]
 
 
 def test_a_disk_that_refuses_everything_for_a_while_leaves_nothing_behind(
