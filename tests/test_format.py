@@ -41,6 +41,7 @@ from snapstore._format import (
     TensorSpec,
     check_specs,
     checksums_of,
+    compare_checksums,
     decode_header,
     decode_metadata,
     encode_header,
@@ -526,6 +527,7 @@ def test_without_checksums_the_data_is_taken_as_it_is() -> None:
     layout = Layout.of(SMALL)
     header = read_header(file_of(layout, data_of(layout, 1), checksum=False))
     verify_checksums(header, data_of(layout, 2))
+    compare_checksums(header, checksums_of(layout, data_of(layout, 2)))
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 240, 241, 64 * KiB, 64 * KiB + 1, MiB - 1, MiB, MiB + 1, 5 * MiB])

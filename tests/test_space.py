@@ -241,6 +241,28 @@ def test_what_is_forgotten_is_synced_once_for_all_and_a_sync_that_fails_is_said(
     assert store.shutdown(cleanup=True).clean
 
 
+def test_forgetting_syncs_nothing_where_that_is_not_asked_for(
+    store: SnapshotStore, files: FaultyFileSystem
+) -> None:
+    store.save("request", 1, tensors(1)).result(10)
+    since = len(files.calls)
+    assert store.cleanup_request("request", timeout_s=10).clean
+    wait_until(lambda: store.stats().trash_bytes == 0)
+    assert "rename" in operations(files, since) and "sync_directory" not in operations(files, since)
+
+
+def test_forgetting_what_came_to_no_file_syncs_nothing(root: Path, files: FaultyFileSystem) -> None:
+    store = SnapshotStore(root, StoreOptions(durability="full"), file_system=files)
+    with files.pause("create", ".tmp") as gate:
+        store.save("request", 1, tensors(1))
+        gate.wait_reached()
+        since = len(files.calls)
+        assert not store.cleanup_request("request", timeout_s=0).clean
+    assert store.cleanup_request("request", timeout_s=10).clean
+    assert "sync_directory" not in operations(files, since)
+    assert store.shutdown(cleanup=True).clean
+
+
 def test_a_root_whose_way_may_not_be_opened_is_made_to_last_as_far_as_may_be(
     root: Path, files: FaultyFileSystem
 ) -> None:
