@@ -263,6 +263,22 @@ def test_a_cleanup_is_bounded_when_the_disk_hangs_in_a_removal(
     assert store.cleanup_request("second", timeout_s=10).clean
 
 
+def test_a_cleanup_waits_for_no_more_than_one_removal_of_another_requests_bytes(
+    store: SnapshotStore, files: FaultyFileSystem
+) -> None:
+    for count in range(4):
+        store.save("first", count, tensors(1)).result(10)
+    store.save("second", 1, tensors(2)).result(10)
+    removals = [files.pause("unlink", ".trash", skip=skip) for skip in (0, 1)]
+    with removals[1]:
+        with removals[0]:
+            assert store.cleanup_request("first", timeout_s=10).clean
+            removals[0].wait_reached()
+            assert not store.cleanup_request("second", timeout_s=0).clean
+        removals[1].wait_reached()
+        assert store.cleanup_request("second", timeout_s=0).clean
+
+
 def test_a_removal_that_fails_is_reported_and_tried_again(
     store: SnapshotStore, files: FaultyFileSystem, caplog: pytest.LogCaptureFixture
 ) -> None:

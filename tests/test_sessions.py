@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from actions import BEFORE, engine_of, everything_in, let_sweeper_finish, save, sessions_in, wait_until
@@ -91,11 +92,9 @@ def test_sessions_whose_owners_died_are_reclaimed_and_counted(
     let_sweeper_finish(store)
     assert sessions_in(root) == [store.session] and store.boundaries("a") == ()
     end(store)
-    told = {record.msg.split(":")[0]: record for record in caplog.records}
-    assert told["leftovers_reclaimed"].count == 2 and "leftovers_stay" not in told  # type: ignore[attr-defined]
-    assert told["leftovers_reclaimed"].getMessage() == (
-        "leftovers_reclaimed: 2 sessions whose owners are dead"
-    )
+    [told] = [record for record in caplog.records if record.levelno >= logging.INFO]
+    assert (told.event, told.count) == ("leftovers_reclaimed", 2)  # type: ignore[attr-defined]
+    assert told.getMessage() == "leftovers_reclaimed: 2 sessions whose owners are dead"
 
 
 def test_leftovers_are_kept_where_that_is_asked_for(processes: Processes, root: Path) -> None:
@@ -210,6 +209,27 @@ def test_what_is_asked_of_the_store_comes_before_the_leftovers(
     end(store)
 
 
+@pytest.mark.parametrize(("durability", "syncs"), [("none", 0), ("data", 1), ("full", 1)])
+def test_a_leftover_is_out_of_the_way_for_good_before_its_files_go(
+    root: Path, files: FaultyFileSystem, durability: Literal["none", "data", "full"], syncs: int
+) -> None:
+    """Or a power cut could bring back its name, with a part of its files."""
+    leave_session_with(root, {("a", 1): 1})
+    store = SnapshotStore(root, StoreOptions(durability=durability), file_system=files)
+    wait_until(lambda: sessions_in(root) == [store.session])
+    calls = [(call.operation, [Path(path).name for path in call.paths]) for call in files.calls]
+    aside = next(
+        index
+        for index, (operation, names) in enumerate(calls)
+        if operation == "rename" and names[-1].startswith(".dead-")
+    )
+    first = next(
+        index for index, (operation, _) in enumerate(calls) if operation == "unlink" and index > aside
+    )
+    assert calls[aside:first].count(("sync_directory", [root.name])) == syncs
+    end(store)
+
+
 def test_the_free_space_is_looked_at_now_and_then_while_leftovers_go(
     root: Path, files: FaultyFileSystem
 ) -> None:
@@ -284,8 +304,9 @@ def test_what_could_not_be_removed_of_a_leftover_is_found_again(
     store = SnapshotStore(root, file_system=files)
     wait_until(lambda: "could not be removed" in caplog.text)
     [record] = [each for each in caplog.records if each.levelno >= logging.WARNING]
-    count, reason = record.count, record.reason  # type: ignore[attr-defined]
-    assert count >= len(BEFORE) and reason == "io_error"
+    count: int = record.count  # type: ignore[attr-defined]
+    assert count >= len(BEFORE)
+    assert (record.event, record.reason) == ("leftovers_stay", "io_error")  # type: ignore[attr-defined]
     assert record.getMessage().startswith(
         f"leftovers_stay: {count} could not be removed, the first: [Errno 5]"
     )
