@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from snapstore import _paths
 from snapstore._errors import SnapshotCorruptError
-from snapstore._files import FileSystem, disk_bytes, opened
+from snapstore._files import FileSystem, disk_bytes, opened, rename_surely
 from snapstore._paths import join
 from snapstore._reader import read_header
 from snapstore._session import Session, dead_sessions
@@ -110,7 +110,7 @@ class _Heir:
         if found and self.durable:
             self.files.sync_directory(source)
         if found:
-            self.files.rename(source, target)
+            rename_surely(self.files, source, target)
         return found
 
     def _examined(self, path: str, generation_name: str, name: str, target: str) -> Found | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from snapstore._events import Repeats
-from snapstore._files import FileSystem, exists, remove_tree
+from snapstore._files import FileSystem, exists, remove_tree, rename_surely
 from snapstore._reasons import reason_of
 from snapstore._records import Life
 from snapstore._session import Budget, Session, reclaim
@@ -180,12 +180,14 @@ class Sweeper:
         directory = self._session.generation_path(life.request_id, life.generation)
         path = self._session.trash_path()
         try:
-            self._files.rename(directory, path)
+            rename_surely(self._files, directory, path)
         except FileNotFoundError:
             if not exists(self._files, directory):
+                if life.committed and self._session.is_away():
+                    raise  # with all that was committed, which would be back with it
                 return 0
-            self._session.mend()
-            self._files.rename(directory, path)
+            self._session.mend_trash()
+            rename_surely(self._files, directory, path)
         self._trash.append((path, life.doomed_bytes))
         return life.doomed_bytes
 
@@ -268,10 +270,14 @@ class Sweeper:
         """The end of the session directory: removed as a whole, or if nothing is left in it."""
         self._empty_trash()
         try:
-            if ending.remove or (ending.remove_if_empty and self._session.is_empty()):
+            if ending.remove:
                 errors = self._session.remove(self._sweep_what_came)
-                ending.errors += [f"could not remove: {error}" for error in errors]
                 ending.removed = not errors
+            elif ending.remove_if_empty:
+                ending.removed, errors = self._session.remove_if_empty(self._sweep_what_came)
+            else:
+                return
+            ending.errors += [f"could not remove: {error}" for error in errors]
         except OSError as error:
             ending.errors.append(f"could not remove the session: {error}")
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from snapstore import _paths
-from snapstore._files import FileSystem, opened, read_exactly, write_all
+from snapstore._files import (
+    FileSystem,
+    opened,
+    read_exactly,
+    rename_surely,
+    same_file,
+    unlink_surely,
+    write_all,
+)
 from snapstore._paths import join
 from snapstore._session import Session
 
@@ -30,36 +38,46 @@ def move_out(
         raise ValueError(
             f"destination {target} is inside the store's root, where files are the store's; name another"
         )
+    moved = files.status_at(path)
     try:
-        files.rename(path, target)
+        rename_surely(files, path, target, lambda status: same_file(status, moved))
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        _copy_out(files, path, target)
-        if durable:
-            _sync_or(files, target, lambda: files.unlink(target))
-        files.unlink(path)
+        with _undone(files, target, _copy_out(files, path, target), files.unlink):
+            if durable:
+                files.sync_directory(os.path.dirname(target))
+            unlink_surely(files, path)
     else:
-        if durable:
-            _sync_or(files, target, lambda: files.rename(target, path))
+        with _undone(files, target, moved, lambda target: files.rename(target, path)):
+            if durable:
+                files.sync_directory(os.path.dirname(target))
     return Path(target)
 
 
-def _sync_or(files: FileSystem, target: str, undo: Callable[[], None]) -> None:
+@contextmanager
+def _undone(
+    files: FileSystem, target: str, moved: os.stat_result, undo: Callable[[str], None]
+) -> Iterator[None]:
+    """On an error, if ``target`` is still what was moved there: by then it may be somebody else's."""
     try:
-        files.sync_directory(os.path.dirname(target))
+        yield
     except BaseException:
-        undo()
+        with suppress(FileNotFoundError):
+            if same_file(files.status_at(target), moved):
+                undo(target)
         raise
 
 
-def _copy_out(files: FileSystem, path: str, target: str) -> None:
+def _copy_out(files: FileSystem, path: str, target: str) -> os.stat_result:
     staged = f"{target}.{_paths.random_name()}"
     try:
         with opened(files, files.open_read(path)) as source, opened(files, files.create(staged)) as copy:
             _copy(files, source, copy)
             files.sync_data(copy)
-        files.rename(staged, target)
+            made = files.status(copy)
+        rename_surely(files, staged, target, lambda status: same_file(status, made))
+        return made
     except BaseException:
         with suppress(FileNotFoundError):  # it may never have come to be
             files.unlink(staged)

@@ -177,8 +177,7 @@ class Engine:
     def _give_back_session(self) -> None:
         """Nothing was started. What was adopted stays, for the next store."""
         try:
-            if self.session.is_empty():
-                self.session.remove(lambda: None)
+            self.session.remove_if_empty(lambda: None)
         except OSError as error:
             _log.debug("%s is left to the next store: %s", self.session.path, error)
         finally:

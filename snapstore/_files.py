@@ -14,7 +14,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 IOV_MAX = 1024
 """Most buffers in one ``writev`` (Linux and macOS)."""
@@ -299,6 +299,41 @@ def exists(files: FileSystem, path: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def rename_surely(
+    files: FileSystem,
+    source: str,
+    destination: str,
+    is_it: Callable[[os.stat_result], bool] = lambda _: True,
+) -> None:
+    """``rename``, of which no error counts that was made all the same: a network file system may say so of a retry.
+
+    ``is_it`` knows by its status what was renamed, where the new name is not one that nobody else gives.
+    """
+    try:
+        files.rename(source, destination)
+    except OSError:
+        with suppress(OSError):
+            if is_it(files.status_at(destination)):
+                return
+        raise
+
+
+def unlink_surely(files: FileSystem, path: str) -> None:
+    """``unlink``, of which no error counts where nothing bears the name any more."""
+    try:
+        files.unlink(path)
+    except OSError:
+        with suppress(OSError):
+            if not exists(files, path):
+                return
+        raise
+
+
+def same_file(one: os.stat_result, other: os.stat_result) -> bool:
+    """Two looks at one file, under whatever names."""
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
 def write_all(files: FileSystem, fd: int, buffers: Sequence[memoryview], offset: int) -> None:

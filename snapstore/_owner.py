@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from snapstore._files import FileSystem, opened, read_exactly
+from snapstore._files import FileSystem, opened, read_exactly, same_file
 from snapstore._paths import OWNER_LOCK, OWNER_RECORD, join
 
 Liveness = Literal["alive", "dead", "unknown"]
@@ -89,6 +89,23 @@ class OwnerLock:
             raise
         lock.release()
         return None
+
+    def is_in(self, directory: str) -> bool:
+        """The lock file of this directory is the one that is held here. False also where that is not to be known."""
+        try:
+            return self._fd is not None and _same_file(
+                self._files, self._fd, join(directory, OWNER_LOCK), None
+            )
+        except OSError:
+            return False
+
+    @property
+    def stands(self) -> bool:
+        """The lock file is still in some directory, wherever that was moved to. Also where it is not to be known."""
+        try:
+            return self._fd is not None and self._files.status(self._fd).st_nlink > 0
+        except OSError:
+            return True
 
     def release(self) -> None:
         """Close the descriptor, which drops the lock. Twice is fine."""
@@ -197,8 +214,7 @@ def _same_file(files: FileSystem, fd: int, path: str, dir_fd: int | None) -> boo
         there = files.status_at(path, dir_fd=dir_fd)
     except FileNotFoundError:
         return False
-    here = files.status(fd)
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+    return same_file(files.status(fd), there)
 
 
 def _boot_id() -> str:

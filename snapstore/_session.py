@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from snapstore import _paths
 from snapstore._errors import RootError
-from snapstore._files import FileSystem, exists, opened, read_exactly, remove_tree, write_all
+from snapstore._files import FileSystem, exists, opened, read_exactly, remove_tree, rename_surely, write_all
 from snapstore._owner import OwnerLock, OwnerRecord, read_record
 from snapstore._paths import join
 
@@ -26,6 +26,8 @@ MARKER_FORMAT = 1
 _GIVEN = "given"
 """In the marker of a root that was there before the first store: its mode is its maker's affair."""
 _ATTEMPTS = 16
+_NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
+"""What removing a directory says where something is in it."""
 _CLOCK_AHEAD_S = 7 * 86400
 
 
@@ -56,7 +58,7 @@ class Session:
         self, files: FileSystem, root: str, path: str, lock: OwnerLock, *, durable: bool = False
     ) -> None:
         self._files = files
-        self._lock = lock
+        self._locks = [lock]
         self.durable = durable
         self.root = root
         self.path = path
@@ -89,7 +91,11 @@ class Session:
         cls, files: FileSystem, root: str, unborn: str, lock: OwnerLock, record: OwnerRecord, durable: bool
     ) -> Session:
         path = join(root, _paths.new_session_name(record.opened_at_s, record.pid))
-        _bear(files, root, unborn, path, lock, durable)
+        try:
+            _bear(files, root, unborn, path, lock, durable)
+        except BaseException:
+            lock.release()
+            raise
         return cls(files, root, path, lock, durable=durable)
 
     def generation_path(self, request_id: str, generation: int) -> str:
@@ -108,13 +114,17 @@ class Session:
         """Make again what somebody removed: the working directories, or all of it. ``OSError`` if it can not be.
 
         A root without its marker is not filled again: the disk that it was on may just not be mounted. A session that
-        came back meanwhile, with its disk, is kept as it is.
+        came back meanwhile, with its disk, is kept as it is. For the writer alone: what it writes must not be undone.
         """
         try:
-            for path in (self.temporary, self.trash):
-                _make_directory_if_missing(self._files, path)
+            _make_directory_if_missing(self._files, self.temporary)
+            self.mend_trash()
         except FileNotFoundError:
             self._make_again()
+
+    def mend_trash(self) -> None:
+        """Make the trash again. ``OSError`` if it can not be, as where all of the session is gone."""
+        _make_directory_if_missing(self._files, self.trash)
 
     def _make_again(self) -> None:
         check_root(self._files, self.root)
@@ -122,34 +132,60 @@ class Session:
         if built is None:
             return
         unborn, lock, _ = built
-        _bear(self._files, self.root, unborn, self.path, lock, self.durable)
-        of_the_lost_one, self._lock = self._lock, lock
-        of_the_lost_one.release()
+        try:
+            _bear(self._files, self.root, unborn, self.path, lock, self.durable)
+        finally:
+            self._own(lock)
+
+    def _own(self, lock: OwnerLock) -> None:
+        """Also the lost one's lock is held while it stands anywhere: it may come back."""
+        locks, self._locks = [*self._locks, lock], []
+        for each in locks:
+            self._locks.append(each) if each.stands else each.release()
+
+    def is_away(self) -> bool:
+        """It is not under its name, and nobody removed it: somebody moved it, or its root, and it may come back."""
+        return not exists(self._files, self.path) and any(lock.stands for lock in self._locks)
 
     def remove(self, between: Callable[[], None]) -> list[OSError]:
         """Remove the directory, the lock file last. What would not go stays for a reclaimer."""
+        return self._remove(lambda _: True, between)[1]
+
+    def remove_if_empty(self, between: Callable[[], None]) -> tuple[bool, list[OSError]]:
+        """``remove``, if no snapshot and no trash is left in it; whether it was so."""
+        if not self._is_empty(self.path):
+            return False, []
+        return self._remove(self._is_empty, between)
+
+    def _remove(
+        self, is_it: Callable[[str], bool], between: Callable[[], None]
+    ) -> tuple[bool, list[OSError]]:
         aside = join(self.root, _paths.dead_session_name())
         try:
-            self._files.rename(self.path, aside)
+            if not _put_aside(self._files, self.path, aside, is_it):
+                return False, []
             if self.durable:
                 self._files.sync_directory(self.root)
-        except FileNotFoundError:
-            return []
+        except FileNotFoundError as error:
+            return (False, [error]) if self.is_away() else (True, [])
         except OSError as error:
-            return [error]
-        return remove_tree(self._files, aside, between=between, keep_last=_paths.OWNER_LOCK)[1]
+            return False, [error]
+        errors = remove_tree(self._files, aside, between=between, keep_last=_paths.OWNER_LOCK)[1]
+        return not errors, errors
 
-    def is_empty(self) -> bool:
-        """True if no snapshot and no trash is left in it."""
+    def _is_empty(self, path: str) -> bool:
+        """True if no snapshot and no trash is left in this session, or nothing is left of it."""
         housekeeping = {_paths.TEMPORARY, _paths.TRASH, _paths.OWNER_LOCK, _paths.OWNER_RECORD}
         try:
-            return set(self._files.names(self.path)) <= housekeeping and not self._files.names(self.trash)
+            trash = join(path, _paths.TRASH)
+            return set(self._files.names(path)) <= housekeeping and not self._files.names(trash)
         except FileNotFoundError:
-            return not exists(self._files, self.path)
+            return not exists(self._files, path) and not self.is_away()
 
     def release(self) -> None:
         """Give the ownership up. Twice is fine."""
-        self._lock.release()
+        for lock in self._locks:
+            lock.release()
 
 
 def _build(files: FileSystem, root: str, durable: bool) -> tuple[str, OwnerLock, OwnerRecord] | None:
@@ -178,15 +214,31 @@ def _build(files: FileSystem, root: str, durable: bool) -> tuple[str, OwnerLock,
 
 def _bear(files: FileSystem, root: str, unborn: str, path: str, lock: OwnerLock, durable: bool) -> None:
     """Give a session its name. Where that fails it is gone; what stands under the name is another's, and stays."""
-    at = unborn
     try:
-        files.rename(unborn, path)
-        at = path
+        rename_surely(files, unborn, path, lambda _: lock.is_in(path))
         if durable:
             files.sync_directory(root)
     except BaseException:
-        _unmake(files, at, lock)
+        with suppress(OSError):
+            if lock.is_in(path):
+                _put_aside(files, path, unborn, lock.is_in)
+        remove_tree(files, unborn, keep_last=_paths.OWNER_LOCK)
         raise
+
+
+def _put_aside(files: FileSystem, path: str, aside: str, is_it: Callable[[str], bool]) -> bool:
+    """Rename a session to where nobody looks for it, if it is the one that is meant, which is seen there for certain.
+
+    What stands under a name may be another one by the time that it is renamed: then that gets its name back.
+    """
+    rename_surely(files, path, aside)
+    mine = False
+    try:
+        mine = is_it(aside)
+    finally:
+        if not mine:
+            files.rename(aside, path)
+    return mine
 
 
 def _opening_time(files: FileSystem, root: str) -> float:
@@ -255,7 +307,8 @@ def _delete(
 ) -> None:
     aside = join(root, _paths.dead_session_name())
     try:
-        files.rename(dead.path, aside)
+        if not _put_aside(files, dead.path, aside, dead.lock.is_in):
+            return  # another one was put in its place; whose that is, the next start finds out
         if budget.durable:
             files.sync_directory(root)
     except OSError as error:
@@ -281,7 +334,9 @@ def _reclaim_unfinished(files: FileSystem, path: str, budget: Budget, between: C
         return
     except FileNotFoundError:
         return
-    except OSError:
+    except OSError as error:
+        if error.errno not in _NOT_EMPTY:
+            return  # it may be empty: one that is just being made, and not locked yet
         record = read_record(files, path)
     if record is not None and not record.same_machine:
         return

@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from snapstore._detach import move_out
 from snapstore._door import Tier
 from snapstore._engine import Engine
 from snapstore._errors import ShutdownTimeoutError, SnapshotNotFoundError
-from snapstore._files import FileSystem
+from snapstore._files import FileSystem, unlink_surely
 from snapstore._format import decode_metadata
 from snapstore._loading import Loaded, Loader
 from snapstore._look import Moment, health_at, stats_at
@@ -314,8 +314,8 @@ class SnapshotStore:
             return False
         if held is None:
             return False
-        with self._given_up(*held) as path, suppress(FileNotFoundError):
-            self._engine.files.unlink(path)
+        with self._given_up(*held) as path:
+            unlink_surely(self._engine.files, path)
         return True
 
     @contextmanager

@@ -7,13 +7,15 @@ meanwhile is undone here (late-rename rescue). No error of one job ends the thre
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from snapstore._events import Repeats
-from snapstore._files import FileSystem, disk_bytes, opened
+from snapstore._files import FileSystem, disk_bytes, opened, rename_surely, same_file
 from snapstore._filing import write_snapshot
 from snapstore._format import Facts
 from snapstore._options import StoreOptions
@@ -75,21 +77,23 @@ class Writer:
         final = self._session.snapshot_path(job.key.request_id, job.ticket.generation, job.key.token_count)
         fd = self._files.create(temporary)
         try:
-            size = self._write_temporary(job, fd)
-            if size is None or not self._state.is_current(job):
+            made = self._write_temporary(job, fd)
+            if made is None or not self._state.is_current(job):
                 self._files.unlink(temporary)
                 return None
             self._make_generation(job.life)
             self._look_at_space()
             info = SnapshotInfo(job.key, job.ticket.generation, Path(final), job.nbytes)
-            self._put_in_place(temporary, final)  # the last that may fail: a failed save replaces nothing
+            self._put_in_place(
+                temporary, final, made
+            )  # the last that may fail: a failed save replaces nothing
         except BaseException:
             self._discard(temporary)
             raise
-        return info, size
+        return info, disk_bytes(made)
 
-    def _write_temporary(self, job: Job, fd: int) -> int | None:
-        """Fill and close the file. Blocks of disk that it takes; ``None`` if the job was cancelled on the way."""
+    def _write_temporary(self, job: Job, fd: int) -> os.stat_result | None:
+        """Fill and close the file. What the disk says of it; ``None`` if the job was cancelled on the way."""
         image = job.image
         assert image is not None
         with opened(self._files, fd):
@@ -104,7 +108,7 @@ class Writer:
             )
             if whole and self._options.durability != "none":
                 self._files.sync_data(fd)
-            return disk_bytes(self._files.status(fd)) if whole else None
+            return self._files.status(fd) if whole else None
 
     def _make_generation(self, life: Life) -> None:
         try:
@@ -116,18 +120,19 @@ class Writer:
             self._files.sync_directory(self._session.path)
             self._session_unsynced = False
 
-    def _put_in_place(self, temporary: str, final: str) -> None:
+    def _put_in_place(self, temporary: str, final: str, made: os.stat_result) -> None:
         """With ``full`` a save can still fail after its rename; what it replaced is kept until then, and put back."""
+        is_it = functools.partial(same_file, made)
         if not self._full:
-            self._files.rename(temporary, final)
+            rename_surely(self._files, temporary, final, is_it)
             return
         earlier = self._keep_earlier(final)
         try:
-            self._files.rename(temporary, final)
+            rename_surely(self._files, temporary, final, is_it)
             try:
                 self._files.sync_directory(os.path.dirname(final))
             except BaseException:
-                self._put_back(earlier, final)
+                self._put_back(earlier, final, is_it)
                 raise
         finally:
             if earlier is not None:
@@ -141,14 +146,15 @@ class Writer:
         except OSError as error:
             if error.errno in _NO_LINKS:
                 return None
+            self._discard(earlier)  # it may have been made all the same
             raise
         return earlier
 
-    def _put_back(self, earlier: str | None, final: str) -> None:
+    def _put_back(self, earlier: str | None, final: str, is_it: Callable[[os.stat_result], bool]) -> None:
         try:
             if earlier is not None:
                 self._files.rename(earlier, final)
-            else:
+            elif is_it(self._files.status_at(final)):
                 self._files.unlink(final)
         except OSError as error:
             _log.debug("%s could not be put back as it was: %s", final, error)

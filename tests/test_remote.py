@@ -30,6 +30,7 @@ from snapstore.aio import AsyncSnapshotStore
 from snapstore.metrics import StoreCollector
 from snapstore.remote import _fetch, _names
 from snapstore.remote._objects import MULTIPART_BYTES, ObjectStore
+from snapstore.testing import FaultyFileSystem
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -504,6 +505,57 @@ class TestTrouble:
         eventually(lambda: not nodes("c").has("request", 1, remote=True))
         eventually(lambda: list((nodes.folder / "a" / ".endings").iterdir()) == [])
         assert again.stats().remote.ended == 1
+
+    def test_what_was_cleaned_up_before_a_restart_is_gone_from_its_beginning(self, nodes, monkeypatch):
+        """Also while its end is still being carried out."""
+        a = nodes("a")
+        a.save("request", 1, tensors(1)).wait_published(5)
+        with failing(monkeypatch, obstore.exceptions.GenericError("gone")):
+            assert a.cleanup_request("request").clean
+            a.shutdown(cleanup=True, timeout_s=1)
+        with held_back(monkeypatch, "put", is_manifest) as gate:
+            again = nodes("a")
+            assert gate.reached.wait(5)
+            assert not again.has("request", 1, remote=True)
+            with pytest.raises(SnapshotNotFoundError):
+                again.load("request", 1)
+
+    def test_an_end_is_written_down_beside_another_store_that_makes_the_place_for_it(self, nodes):
+        files, place = FaultyFileSystem(), nodes.folder / "a" / ".endings"
+        a = nodes("a", files)
+        a.save("request", 1, tensors(1)).wait_published(5)
+        files.call("make_directory", place.mkdir, ".endings")
+        assert a.cleanup_request("request").clean
+
+    def test_an_object_that_a_manifest_may_name_is_not_deleted(self, nodes, monkeypatch, eventually):
+        """The answer was lost, and before the next try a later save replaces it, which takes its time."""
+        a, put, gone = nodes("a"), obstore.put, obstore.exceptions.GenericError("gone")
+        a.save("other", 1, tensors(1)).wait_published(5)
+        outage = ExitStack()
+
+        def lose_the_answer(store, name, *args, **more):
+            done = put(store, name, *args, **more)
+            if is_manifest(name):
+                outage.enter_context(failing(monkeypatch, gone))
+                raise gone
+            return done
+
+        monkeypatch.setattr(obstore, "put", lose_the_answer)
+        first = a.save("request", 1, tensors(1))
+        eventually(lambda: obstore.put is not lose_the_answer)
+        later = a.save("request", 1, tensors(2))
+        later.result(5)
+        outage.close()
+        monkeypatch.setattr(obstore, "put", put)
+        with held_back(monkeypatch, "put", is_object) as gate:
+            assert gate.reached.wait(15)
+            a.cleanup_request("other")
+            eventually(lambda: a.stats().remote.endings == 0)  # what was to be deleted before is
+            assert not first.published
+            assert_same(nodes("b").load("request", 1), tensors(1))
+            gate.open()
+            assert later.wait_published(5)
+        assert_same(nodes("c").load("request", 1), tensors(2))
 
     def test_an_end_of_another_remote_store_is_left_alone(self, nodes, monkeypatch):
         a = nodes("a")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from os import stat_result
 
 from snapstore._files import FileSystem
@@ -20,9 +19,30 @@ def move_aside(
     if not is_it(files.status_at(name, dir_fd=from_fd)):
         return False
     files.rename(name, target, from_fd=from_fd, to_fd=to_fd)
-    if is_it(files.status_at(target, dir_fd=to_fd)):
-        return True
-    with suppress(FileExistsError):
-        files.link(target, name, from_fd=to_fd, to_fd=from_fd)
-    files.unlink(target, dir_fd=to_fd)
-    return False
+    mine = False
+    try:
+        mine = is_it(files.status_at(target, dir_fd=to_fd))
+    finally:
+        if not mine:
+            _give_back(files, target, to_fd, name, from_fd)
+    return mine
+
+
+def _give_back(files: FileSystem, aside: str, aside_fd: int, name: str, within: int) -> None:
+    try:
+        files.link(aside, name, from_fd=aside_fd, to_fd=within)
+    except FileExistsError:
+        pass  # the newer one
+    except OSError:  # this file system has no second names: the newer one can not be told for certain
+        if not _is_there(files, name, within):
+            files.rename(aside, name, from_fd=aside_fd, to_fd=within)
+            return
+    files.unlink(aside, dir_fd=aside_fd)
+
+
+def _is_there(files: FileSystem, name: str, within: int) -> bool:
+    try:
+        files.status_at(name, dir_fd=within)
+    except FileNotFoundError:
+        return False
+    return True

@@ -19,7 +19,7 @@ from itertools import groupby
 from os import stat_result
 
 from snapstore import _paths
-from snapstore._files import freed_by_unlinking, remove_tree
+from snapstore._files import freed_by_unlinking, remove_tree, same_file
 from snapstore._maintenance.aside import move_aside
 from snapstore._maintenance.plan import Plan, SessionPlan
 from snapstore._maintenance.root import Root
@@ -283,7 +283,8 @@ class _Work:
             return
         aside = _paths.dead_session_name()
         try:
-            self._files.rename(part.name, aside, from_fd=self._root.fd, to_fd=self._root.fd)
+            if not self._put_aside(part.name, aside, fd):
+                return
             for name in (_paths.OWNER_RECORD, _paths.OWNER_LOCK):
                 with suppress(FileNotFoundError):
                     self._files.unlink(name, dir_fd=fd)
@@ -294,6 +295,18 @@ class _Work:
             self._note(part.name, error.strerror or str(error))
         else:
             self.tally.sessions += 1
+
+    def _put_aside(self, name: str, aside: str, fd: int) -> bool:
+        """False: another directory was put in its place meanwhile, which gets its name back."""
+        files, root = self._files, self._root.fd
+        files.rename(name, aside, from_fd=root, to_fd=root)
+        mine = False
+        try:
+            mine = same_file(files.status_at(aside, dir_fd=root), files.status(fd))
+        finally:
+            if not mine:
+                files.rename(aside, name, from_fd=root, to_fd=root)
+        return mine
 
     def _remove_tree(self, name: str, within: int, *, keep_last: str | None = None) -> list[OSError]:
         freed_bytes, errors = remove_tree(

@@ -112,11 +112,14 @@ class Exchange:
                 may_begin=not binding.begun,
                 now_s=time.time(),
             )
+            upload.unanswered = True
             try:
                 dropped = self._change_cached(event, binding)
             except Refused as error:
+                upload.unanswered = False
                 binding.over = binding.over or str(error)
                 return binding.over
+            upload.unanswered = False
             binding.begun = True
             binding.published[key.token_count] = upload.commit
         self._clear(dropped)
@@ -142,7 +145,7 @@ class Exchange:
                 del binding.queued[upload.token_count]
         if upload.file is not None:
             upload.file.close()
-        if why_not is not None and upload.put_s is not None:
+        if why_not is not None and upload.put_s is not None and not upload.unanswered:
             self._clear([upload.name])
         upload.finish(why_not)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from snapstore import _paths
@@ -43,7 +44,8 @@ class Journal:
         try:
             self._write(recorded)
         except FileNotFoundError:
-            self._files.make_directory(self._directory)
+            with suppress(FileExistsError):  # another store of this root was here first
+                self._files.make_directory(self._directory)
             self._write(recorded)
         return recorded
 

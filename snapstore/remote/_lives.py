@@ -52,6 +52,7 @@ class Upload:
         file: open already, where it is the store's no more.
         tag: of the file that the object was made from; another one under its path is another snapshot.
         put_s: when the object began to be put, once it is there whole.
+        unanswered: the manifest may name the object: it was told to, and its answer was lost.
     """
 
     binding: Binding
@@ -63,6 +64,7 @@ class Upload:
     tag: str = ""
     file_bytes: int = 0
     put_s: float | None = None
+    unanswered: bool = False
     finished: bool = False
     waiters: list[Future[None]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -187,7 +187,10 @@ class RemoteTier:
             self._note_journal(error)
             return
         for recorded in left:
-            self._carry_out([Ending(end, attempted=True) for end in recorded.ends], recorded)
+            endings = [Ending(end, attempted=True) for end in recorded.ends]
+            for ending in endings:
+                self._ends.setdefault(ending.end.request_id, []).append(ending)
+            self._carry_out(endings, recorded)
 
     def _on_committed(self, ticket: Any, commit: Commit, fetched: bool) -> None:
         binding = self._bindings.get(commit.info.key.request_id)
