@@ -13,9 +13,12 @@ key := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 ready := $(VENV)/.ready-$(key)
 bench_ready := $(VENV)/.ready-bench-$(key)
 trust_ready := $(VENV)/.ready-trust-$(key)
+peers := $(VENV)/peers
+peers_ready := $(peers)/.ready-$(key)
+peers_pip := $(subst $(bin),$(peers)/bin,$(pip))
 
 .DELETE_ON_ERROR:
-.PHONY: help test crash explore hostile faults powerloss fuzz model engines gpu servers check format-check lint types layers format demo demo-remote bench bench-quick clean mutate coverage lock audit trust
+.PHONY: help test crash explore hostile faults powerloss fuzz model engines gpu servers check format-check lint types layers format demo demo-remote bench bench-quick bench-peers clean mutate coverage lock audit trust
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -108,6 +111,11 @@ bench: $(bench_ready) ## The benchmarks, into bench/results and the README; ARGS
 bench-quick: $(bench_ready) ## The benchmarks, each as short as it still means something
 	@$(bin)/python -m bench --quick $(ARGS)
 
+bench-peers: $(peers_ready) ## Saves, drains and loads beside SGLang's and LMCache's own disk backends; 10 minutes; fetches them once (200 MB)
+	@$(peers)/bin/python -m pytest tests/test_bench_peers.py
+	@SNAPSTORE_BENCH_CASE_S=30 $(peers)/bin/python -m bench save drain load --json bench/results/engines.json
+	@$(peers)/bin/python -m bench report
+
 clean: ## Remove the environment and all that the targets made
 	@rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -125,6 +133,14 @@ $(ready):
 $(bench_ready): $(ready)
 	@$(pip) --editable '.[bench]'
 	@touch $@
+
+$(peers_ready):
+	@echo "setting up $(peers): minutes the first time" >&2
+	@$(PYTHON) -m venv $(peers)
+	@$(peers_pip) '$(torch)'
+	@$(peers_pip) --editable '.[dev,peers]'
+	@$(peers_pip) --no-deps sglang lmcache
+	@rm -f $(peers)/.ready-* && touch $@
 
 $(trust_ready): $(ready)
 	@$(pip) --editable '.[trust]'

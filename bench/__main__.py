@@ -3,7 +3,7 @@
 python -m bench                       every workload
 python -m bench save abort --quick    some, each as short as it still means something
 python -m bench --results             every workload; figures, pictures and the page into bench/results/
-python -m bench report                the page and the README's table once more, from the figures there
+python -m bench report                a page for each file of figures there, and the README's table, once more
 """
 
 from __future__ import annotations
@@ -81,10 +81,11 @@ def _run(workload: str, *, quick: bool) -> list[Figure]:
 
 
 def _report(folder: Path) -> None:
-    machine, figures = read_json(folder / "results.json")
-    (folder / "results.md").write_text(page(machine, figures) + "\n")
-    print(f"written: {folder / 'results.md'}")
-    if fill_in(CHECKOUT / "README.md", machine, figures):
+    for path in sorted(folder.glob("*.json")):
+        written = path.with_suffix(".md")
+        written.write_text(page(*read_json(path)) + "\n")
+        print(f"written: {written}")
+    if fill_in(CHECKOUT / "README.md", *read_json(folder / "results.json")):
         print("written: the figures in README.md")
 
 

@@ -25,7 +25,7 @@ def mlx_save(stack: ExitStack, arrays: Mapping[str, Any]) -> dict[str, Contender
 
 def disk_cache(stack: ExitStack, arrays: Mapping[str, Any]) -> dict[str, Contender]:
     """``diskcache``: a dictionary on disk, which pickles."""
-    module = _module("diskcache", "diskcache in the step")
+    module = imported("diskcache", "diskcache in the step")
     if module is None:
         return {}
     cache = module.Cache(str(stack.enter_context(fresh_folder())))
@@ -34,28 +34,7 @@ def disk_cache(stack: ExitStack, arrays: Mapping[str, Any]) -> dict[str, Contend
     return {"diskcache in the step": _timed(lambda: cache.set(next(numbers) % 64, dict(arrays)))}
 
 
-def sglang_file(stack: ExitStack, tensors: Mapping[str, Any]) -> dict[str, Contender]:
-    """SGLang's file backend: a file a tensor, written when ``set`` returns."""
-    module = _module("sglang.srt.mem_cache.hicache_storage", "SGLang's file backend")
-    _module("lmcache.v1.storage_backend.local_disk_backend", "LMCache's local disk backend")
-    if module is None:
-        return {}
-    folder = str(stack.enter_context(fresh_folder()))
-    about = {"tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1, "model_name": "bench"}
-    flags = dict.fromkeys(("is_mla_model", "is_page_first_layout", "enable_storage_metrics"), False)
-    config = module.HiCacheStorageConfig(**about, **flags)
-    backend = module.HiCacheFile(config, folder)
-    numbers = itertools.count()
-
-    def put() -> None:
-        number = next(numbers)
-        for name, tensor in tensors.items():
-            backend.set(f"{number}-{name}", tensor)
-
-    return {"SGLang's file backend in the step": _timed(put)}
-
-
-def _module(name: str, what: str) -> Any:
+def imported(name: str, what: str) -> Any:
     """``None``, and why, where it does not import here."""
     try:
         return importlib.import_module(name)

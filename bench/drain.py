@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bench._engines import DiskBackend, disk_backends
 from bench._measure import LIMIT, SNAPSTORE, Case, Contender, Figure
 from bench._work import KiB, MiB, fresh_folder, fresh_store, numpy_tensors, torch_tensors, write_raw
 from snapstore import SnapshotStore
@@ -37,6 +38,7 @@ def run(*, quick: bool) -> Iterator[tuple[Case, list[Figure]]]:
                 stack, files, nbytes, count, "none", checksum=False
             )
             contenders["safetensors save_file"] = _save_file(stack, files, torch_tensors(count, nbytes))
+            contenders |= {each.name: _put_all(each, files) for each in disk_backends(stack, nbytes)}
             case = Case("drain", load, contenders, rounds, warm_up=1, goal=GOALS.get(load, ""), quick=quick)
             yield case, case.run()
 
@@ -92,6 +94,21 @@ def _save_file(stack: ExitStack, files: int, tensors: dict[str, Any]) -> Contend
         began_s = perf_counter()
         for number in range(files):
             safetensors.torch.save_file(tensors, folder / str(number))
+        return perf_counter() - began_s
+
+    return once
+
+
+def _put_all(backend: DiskBackend, files: int) -> Contender:
+    """The same page under as many keys, as ours are saves of the same borrowed tensors."""
+    page = backend.page()
+
+    def once() -> float:
+        backend.forget()
+        began_s = perf_counter()
+        for number in range(files):
+            backend.put(number, page)
+        backend.settle()
         return perf_counter() - began_s
 
     return once

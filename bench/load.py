@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bench._engines import DiskBackend, disk_backends
 from bench._measure import LIMIT, SNAPSTORE, Case, Contender, Figure
 from bench._work import KiB, MiB, fresh_store, mlx_tensors, numpy_tensors, torch_tensors
 from snapstore import SnapshotStore
@@ -75,7 +76,21 @@ def _from_disk(stack: ExitStack, count: int, nbytes: int, *, cold: bool = False)
     )
     limit = _timed(lambda: _read_raw(path, kept), path, cold=cold)
     peer = _timed(lambda: safetensors.torch.load_file(path), path, cold=cold)
-    return {LIMIT: limit, **contenders, "safetensors load_file (an mmap)": peer}
+    engines = {each.name: _get(each, cold=cold) for each in disk_backends(stack, nbytes)}
+    return {LIMIT: limit, **contenders, "safetensors load_file (an mmap)": peer, **engines}
+
+
+def _get(backend: DiskBackend, *, cold: bool) -> Contender:
+    page = backend.page()
+    backend.put(0, page)
+    backend.settle()
+    backend.drop(page)
+    (path,) = backend.folder.iterdir()
+
+    def work() -> None:
+        backend.drop(backend.get(0))
+
+    return _timed(work, path, cold=cold)
 
 
 def _from_memory(stack: ExitStack, count: int, nbytes: int) -> dict[str, Contender]:

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from bench._engines import DiskBackend, disk_backends
 from bench._measure import LIMIT, SNAPSTORE, Case, Contender, Figure, hungry_thread
-from bench._peers import disk_cache, mlx_save, sglang_file
+from bench._peers import disk_cache, mlx_save
 from bench._work import KiB, MiB, fresh_folder, fresh_store, mlx_tensors, numpy_tensors, torch_tensors
 from snapstore import SnapshotStore
 
@@ -70,7 +71,7 @@ def _contenders(stack: ExitStack, count: int, nbytes: int) -> dict[str, Contende
         **_peers(stack, torch_tensors(count, nbytes)),
         **mlx_save(stack, mlx_tensors(count, nbytes)),
         **disk_cache(stack, numpy_tensors(count, nbytes)),
-        **sglang_file(stack, torch_tensors(count, nbytes)),
+        **{f"{each.name} in the step": _put(each) for each in disk_backends(stack, nbytes)},
     }
 
 
@@ -143,6 +144,23 @@ def _peers(stack: ExitStack, tensors: dict[str, Any]) -> dict[str, Contender]:
         "executor with clones": in_executor,
         **_async_save(stack, folder, tensors),
     }
+
+
+def _put(backend: DiskBackend) -> Contender:
+    """One page: the copy where the backend needs one, and the hand-over; written and removed before the next round."""
+    numbers = itertools.count()
+
+    def once() -> float:
+        began_s = perf_counter()
+        page = backend.page()
+        backend.put(next(numbers), page)
+        took_s = perf_counter() - began_s
+        backend.drop(page)
+        backend.settle()
+        backend.forget()
+        return took_s
+
+    return once
 
 
 def _async_save(stack: ExitStack, folder: Path, tensors: dict[str, Any]) -> dict[str, Contender]:
