@@ -144,8 +144,10 @@ def test_a_session_that_comes_back_after_another_was_made_for_it_is_still_owned(
 
 def test_of_sessions_that_are_made_again_and_again_no_descriptor_is_kept(store: SnapshotStore) -> None:
     def opened() -> int:
+        let_sweeper_finish(store)
         return len(list(Path("/dev/fd").iterdir()))
 
+    saved(store)
     before = opened()
     for _ in range(5):
         shutil.rmtree(store.session)
