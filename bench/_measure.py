@@ -118,6 +118,34 @@ def hungry_thread() -> Iterator[None]:
         thread.join()
 
 
+class Sleeper:
+    """A thread that waits to be woken, and answers: what any hand-over between threads costs on this machine."""
+
+    def __init__(self) -> None:
+        self._asked, self._answered = threading.Semaphore(0), threading.Semaphore(0)
+        self._over = False
+        self._thread = threading.Thread(target=self._answer, name="bench-sleeper", daemon=True)
+
+    def wake(self) -> None:
+        self._asked.release()
+
+    def await_answer(self) -> None:
+        self._answered.acquire()
+
+    def _answer(self) -> None:
+        while self._asked.acquire() and not self._over:
+            self._answered.release()
+
+    def __enter__(self) -> Sleeper:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over = True
+        self.wake()
+        self._thread.join()
+
+
 @contextmanager
 def ticker(gaps_s: list[float], period_s: float = 0.0005) -> Iterator[None]:
     """A thread that notes how much later than asked it woke each time: what others' calls cost it."""

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
 
-from bench._measure import LIMIT, SNAPSTORE, Case, Contender, Figure
+from bench._measure import LIMIT, SNAPSTORE, Case, Contender, Figure, Sleeper
 from bench._work import KiB, MiB, fresh_folder, fresh_store, numpy_tensors
 from snapstore import SnapshotStore
 
@@ -31,6 +31,7 @@ def run(*, quick: bool) -> Iterator[tuple[Case, list[Figure]]]:
         with ExitStack() as stack:
             contenders = {
                 LIMIT: _one_rename(stack),
+                "to another thread and back": _handed_over(stack),
                 f"{SNAPSTORE}, timeout_s=0": situation(stack, 0.0),
                 f"{SNAPSTORE}, default time-out": situation(stack, None),
             }
@@ -77,6 +78,19 @@ def _one_rename(stack: ExitStack) -> Contender:
         source, target = next(places)
         began_s = perf_counter()
         source.rename(target)
+        return perf_counter() - began_s
+
+    return once
+
+
+def _handed_over(stack: ExitStack) -> Contender:
+    """What waiting for the sweeper costs beside its rename."""
+    sleeper = stack.enter_context(Sleeper())
+
+    def once() -> float:
+        began_s = perf_counter()
+        sleeper.wake()
+        sleeper.await_answer()
         return perf_counter() - began_s
 
     return once

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from time import perf_counter
@@ -13,6 +15,7 @@ from bench._engines import DiskBackend, disk_backends
 from bench._measure import LIMIT, SNAPSTORE, Case, Contender, Figure
 from bench._work import KiB, MiB, fresh_folder, fresh_store, numpy_tensors, torch_tensors, write_raw
 from snapstore import SnapshotStore
+from snapstore._filing import CHUNK_BYTES
 
 LOADS = {
     "64 x 16 MiB": (64, 16 * MiB, 48),
@@ -34,6 +37,7 @@ def run(*, quick: bool) -> Iterator[tuple[Case, list[Figure]]]:
                 contenders[f"{SNAPSTORE}, durability {durability}"] = _drain(
                     stack, files, nbytes, count, durability
                 )
+            contenders["the calls of one snapshot alone"] = _calls(stack, files, nbytes)
             contenders[f"{SNAPSTORE}, no checksum"] = _drain(
                 stack, files, nbytes, count, "none", checksum=False
             )
@@ -54,6 +58,34 @@ def _raw(stack: ExitStack, files: int, nbytes: int) -> Contender:
         for number in range(files):
             write_raw(folder / str(number), buffer)
         return perf_counter() - began_s
+
+    return once
+
+
+def _calls(stack: ExitStack, files: int, nbytes: int) -> Contender:
+    """What the disk is asked for a snapshot, by a loop that does nothing else: the floor."""
+    folder = stack.enter_context(fresh_folder())
+    buffer = memoryview(np.random.default_rng(0).bytes(nbytes))
+    place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    stack.callback(os.close, place)
+
+    def once() -> float:
+        for each in folder.iterdir():
+            shutil.rmtree(each)
+        (folder / "new").mkdir()
+        new = os.open(folder / "new", os.O_RDONLY | os.O_DIRECTORY)
+        began_s = perf_counter()
+        for number in range(files):
+            fd = os.open("file", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=new)
+            written = 0
+            while written < nbytes:
+                written += os.pwrite(fd, buffer[written : written + CHUNK_BYTES], written)
+            os.close(fd)
+            os.mkdir(str(number), 0o700, dir_fd=place)
+            os.rename("file", f"{number}/file", src_dir_fd=new, dst_dir_fd=place)
+        took_s = perf_counter() - began_s
+        os.close(new)
+        return took_s
 
     return once
 

@@ -1,6 +1,7 @@
 """``save``: what a snapshot costs the calling thread. Limit: one memcpy of the bytes into warm memory.
 
-Beside it the same bytes array by array, which is what a copy of tensors costs: each has pages of its own.
+Beside it the same bytes array by array, which is what a copy of tensors costs: each has pages of its own; and what it
+costs to wake a thread that waits, which a save does where the writer has nothing to do.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bench._engines import DiskBackend, disk_backends
-from bench._measure import LIMIT, SNAPSTORE, Case, Contender, Figure, hungry_thread
+from bench._measure import LIMIT, SNAPSTORE, Case, Contender, Figure, Sleeper, hungry_thread
 from bench._peers import disk_cache, mlx_save
 from bench._work import KiB, MiB, fresh_folder, fresh_store, mlx_tensors, numpy_tensors, torch_tensors
 from snapstore import SnapshotStore
@@ -68,6 +69,7 @@ def _contenders(stack: ExitStack, count: int, nbytes: int) -> dict[str, Contende
     return {
         **_ours(stack, count, nbytes),
         "array by array": _array_by_array(count, nbytes),
+        "waking a thread": _woken(stack),
         **_peers(stack, torch_tensors(count, nbytes)),
         **mlx_save(stack, mlx_tensors(count, nbytes)),
         **disk_cache(stack, numpy_tensors(count, nbytes)),
@@ -89,6 +91,18 @@ def _array_by_array(count: int, nbytes: int) -> Contender:
     return lambda: _timed(copy)
 
 
+def _woken(stack: ExitStack) -> Contender:
+    """What a thread that takes the work over costs its caller, where it has nothing else to do."""
+    sleeper = stack.enter_context(Sleeper())
+
+    def once() -> float:
+        took_s = _timed(sleeper.wake)
+        sleeper.await_answer()
+        return took_s
+
+    return once
+
+
 def _ours(stack: ExitStack, count: int, nbytes: int, *, settle: bool = True) -> dict[str, Contender]:
     source = np.frombuffer(np.random.default_rng(0).bytes(nbytes), np.uint8)
     target = np.zeros(nbytes, np.uint8)
@@ -97,6 +111,9 @@ def _ours(stack: ExitStack, count: int, nbytes: int, *, settle: bool = True) -> 
     for framework, tensors in made.items():
         store = stack.enter_context(fresh_store(max_pending_jobs=1000, max_pending_bytes=4096 * MiB))
         contenders[f"{SNAPSTORE} {framework}"] = _saver(store, tensors(count, nbytes), settle=settle)
+        if settle and framework != "mlx":
+            again = _saver(store, tensors(count, nbytes), settle=True, after_another=True)
+            contenders[f"{SNAPSTORE} {framework}, right after another"] = again
     for framework in ("numpy", "torch"):
         store = stack.enter_context(fresh_store())
         lent = made[framework](count, nbytes)
@@ -104,11 +121,23 @@ def _ours(stack: ExitStack, count: int, nbytes: int, *, settle: bool = True) -> 
     return contenders
 
 
-def _saver(store: SnapshotStore, tensors: dict[str, Any], *, borrow: bool = False, settle: bool) -> Contender:
-    """One save, timed; ``settle`` has it committed before the next round begins."""
+def _saver(
+    store: SnapshotStore,
+    tensors: dict[str, Any],
+    *,
+    borrow: bool = False,
+    settle: bool,
+    after_another: bool = False,
+) -> Contender:
+    """One save, timed; ``settle`` has it committed before the next round begins.
+
+    ``after_another`` was committed just before: the same with warm caches, and a processor that is awake.
+    """
     numbers = itertools.count()
 
     def once() -> float:
+        if after_another:
+            store.save("before", 1, tensors).result(60)
         number = next(numbers)
         began_s = perf_counter()
         ticket = store.save(f"request-{number % 8}", number // 8 % 8, tensors, borrow=borrow)

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from snapstore._ways import Ways
+
 IOV_MAX = 1024
 """Most buffers in one ``writev`` (Linux and macOS)."""
 
@@ -23,37 +25,25 @@ TREE_DEPTH_MAX = 64
 """Deepest tree that is walked: ours have three levels, and each takes a descriptor and some stack."""
 
 
-_PASSING = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
 class FileSystem:
     """The real one. ``snapstore.testing.FaultyFileSystem`` wraps it."""
 
-    guarded: frozenset[str] = frozenset()
-    """Roots below which every path is gone directory by directory: who swaps one for a link leads nobody out."""
+    def __init__(self) -> None:
+        self.ways = Ways()
+        """Which directories are guarded, and which are held. To change that takes no trip to the disk."""
 
-    @contextmanager
-    def _reached(self, path: str, dir_fd: int | None) -> Iterator[tuple[str, int | None]]:
-        """What to call the path below which open directory; errors speak of the whole path."""
-        root = next((each for each in self.guarded if path.startswith(each + os.sep)), None)
-        if root is None or dir_fd is not None:
-            yield path, dir_fd
-            return
-        *way, name = path[len(root) + 1 :].split(os.sep)
-        fd = -1
-        try:
-            fd = _pass_through(root, way)
-            yield name, fd
-        except OSError as error:
-            error.filename = path
-            raise
-        finally:
-            if fd >= 0:
-                os.close(fd)
+    def hold(self, path: str) -> None:
+        """Keep a directory open until ``ways.let_go``: what is below it is reached from it, wherever it is moved to."""
+        self.ways.hold(path)
+
+    def look_for(self, path: str) -> None:
+        """``FileNotFoundError`` unless there is something at the path and, where it is held, still that."""
+        if not self.ways.is_held(path, os.stat(path, follow_symlinks=False)):
+            raise FileNotFoundError(errno.ENOENT, "another directory stands here now", path)
 
     def make_directory(self, path: str, *, dir_fd: int | None = None) -> None:
         """A directory of mode 0700, whatever the umask. ``FileExistsError`` if it stands already."""
-        with self._reached(path, dir_fd) as (name, fd):
+        with self.ways.to(path, dir_fd) as (name, fd):
             os.mkdir(name, 0o700, dir_fd=fd)
             made = os.stat(name, dir_fd=fd, follow_symlinks=False)
             if stat.S_IMODE(made.st_mode) != 0o700:
@@ -66,13 +56,13 @@ class FileSystem:
     def create(self, path: str, *, dir_fd: int | None = None) -> int:
         """A new file of mode 0600, whatever the umask, open for writing."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with self._reached(path, dir_fd) as (name, fd):
+        with self.ways.to(path, dir_fd) as (name, fd):
             return _private(os.open(name, flags, 0o600, dir_fd=fd))
 
     def open_lock(self, path: str, *, create: bool, dir_fd: int | None = None) -> int:
         """A lock file, open for reading and writing (on a read-only disk, for reading); made if ``create``."""
         flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        with self._reached(path, dir_fd) as (name, fd):
+        with self.ways.to(path, dir_fd) as (name, fd):
             if create:
                 return _private(os.open(name, flags | os.O_RDWR | os.O_CREAT, 0o600, dir_fd=fd))
             try:
@@ -89,9 +79,12 @@ class FileSystem:
             os.fchmod(fd, mode & 0o700)
 
     def open_read(self, path: str, *, dir_fd: int | None = None) -> int:
-        """A regular file, open for reading; anything else (a link, a FIFO, a device) is refused without waiting."""
+        """A regular file, open for reading; anything else (a link, a FIFO, a device) is refused without waiting.
+
+        It is what stands under the path now, whatever directory of it is held: what was moved away may come back.
+        """
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with self._reached(path, dir_fd) as (name, within):
+        with self.ways.from_root(path, dir_fd) as (name, within):
             fd = os.open(name, flags, dir_fd=within)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
@@ -100,7 +93,7 @@ class FileSystem:
 
     def open_directory(self, path: str, *, dir_fd: int | None = None) -> int:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        with self._reached(path, dir_fd) as (name, fd):
+        with self.ways.to(path, dir_fd) as (name, fd):
             return os.open(name, flags, dir_fd=fd)
 
     def reserve(self, fd: int, nbytes: int) -> None:
@@ -139,8 +132,8 @@ class FileSystem:
     ) -> None:
         """Atomic on one file system; replaces a file, never a directory that has something in it."""
         with (
-            self._reached(source, from_fd) as (old, old_fd),
-            self._reached(destination, to_fd) as (new, new_fd),
+            self.ways.to(source, from_fd) as (old, old_fd),
+            self.ways.to(destination, to_fd) as (new, new_fd),
         ):
             os.rename(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd)
 
@@ -149,17 +142,17 @@ class FileSystem:
     ) -> None:
         """A second name for a file. ``FileExistsError`` where there is one already: it replaces nothing."""
         with (
-            self._reached(source, from_fd) as (old, old_fd),
-            self._reached(destination, to_fd) as (new, new_fd),
+            self.ways.to(source, from_fd) as (old, old_fd),
+            self.ways.to(destination, to_fd) as (new, new_fd),
         ):
             os.link(old, new, src_dir_fd=old_fd, dst_dir_fd=new_fd, follow_symlinks=False)
 
     def unlink(self, path: str, *, dir_fd: int | None = None) -> None:
-        with self._reached(path, dir_fd) as (name, fd):
+        with self.ways.to(path, dir_fd) as (name, fd):
             os.unlink(name, dir_fd=fd)
 
     def remove_directory(self, path: str, *, dir_fd: int | None = None) -> None:
-        with self._reached(path, dir_fd) as (name, fd):
+        with self.ways.to(path, dir_fd) as (name, fd):
             os.rmdir(name, dir_fd=fd)
 
     def status(self, fd: int) -> os.stat_result:
@@ -167,7 +160,7 @@ class FileSystem:
 
     def status_at(self, path: str, *, dir_fd: int | None = None) -> os.stat_result:
         """The status of the name itself, not of what a link there points to."""
-        with self._reached(path, dir_fd) as (name, fd):
+        with self.ways.to(path, dir_fd) as (name, fd):
             return os.stat(name, dir_fd=fd, follow_symlinks=False)
 
     def names(self, directory: str | int) -> list[str]:
@@ -246,18 +239,6 @@ def _fallocate_here() -> Callable[[int, int, int, int], int] | None:
 
 
 _fallocate = _fallocate_here()
-
-
-def _pass_through(root: str, way: Sequence[str]) -> int:
-    """Open the directory at the end of the way, for names below it. ``ENOTDIR`` where one on it is a link."""
-    fd = os.open(root, _PASSING)
-    for name in way:
-        try:
-            inner = os.open(name, _PASSING, dir_fd=fd)
-        finally:
-            os.close(fd)
-        fd = inner
-    return fd
 
 
 def _private(fd: int) -> int:

@@ -1,15 +1,16 @@
 """A snapshot's bytes on their way into its file: chunk by chunk, each hashed, then written while the caches have it.
 
 The header holds the checksums and stands at the beginning, so the first chunk waits and is written with it, at last.
+A file of one chunk is one write, which asks for its room itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from snapstore._checksum import DIGITS, Checksums, in_chunks
+from snapstore._checksum import Checksums, in_chunks
 from snapstore._files import FileSystem, write_all
-from snapstore._format import Facts, Layout, encode_header
+from snapstore._format import Facts, HeaderDraft, Layout
 
 CHUNK_BYTES = 2 * 1024 * 1024
 """Less than a millisecond of hashing and writing into the page cache; a cancelled write stops within one."""
@@ -31,11 +32,12 @@ def write_snapshot(
         segments: flat bytes of each tensor, in the order of ``layout.specs``.
     """
     sums = Checksums() if checksum else None
-    digits = "0" * DIGITS * len(layout.specs) if checksum else None
-    offset = len(encode_header(layout, facts, digits))
-    files.reserve(fd, offset + layout.nbytes)
+    header = HeaderDraft(layout, facts, checksums=checksum)
+    offset = len(header)
+    if layout.nbytes > CHUNK_BYTES:
+        files.reserve(fd, offset + layout.nbytes)
     first: list[memoryview] | None = None
-    for chunk in in_chunks((segments[index] for index in layout.file_order), CHUNK_BYTES):
+    for chunk in in_chunks(map(segments.__getitem__, layout.file_order), CHUNK_BYTES):
         if not go_on():
             return False
         if sums is not None:
@@ -48,6 +50,6 @@ def write_snapshot(
         offset += sum(map(len, pieces))
     if not go_on():
         return False
-    header = encode_header(layout, facts, sums.digits if sums is not None else None)
-    write_all(files, fd, [memoryview(header), *(first or ())], 0)
+    filled_in = header.filled_in(sums.digits if sums is not None else "")
+    write_all(files, fd, [memoryview(filled_in), *(first or ())], 0)
     return True

@@ -46,6 +46,7 @@ __all__ = [
     "MAX_METADATA_BYTES",
     "Facts",
     "Header",
+    "HeaderDraft",
     "Layout",
     "NewerFormatError",
     "TensorSpec",
@@ -162,7 +163,7 @@ _CHECKSUM = "snapstore.checksum"
 _TENSORS = "snapstore.tensor_checksums"
 _KEYS = frozenset({_SEAL, _FORMAT, _REQUEST, _TOKENS, _GENERATION, _FRAMEWORK, _METADATA, _CHECKSUM})
 
-_OPENING = f'{{"__metadata__":{{"{_SEAL}":"'.encode()
+_OPENING = f'{{"__metadata__":{{"{_SEAL}":"'
 _SEAL_AT = _PREFIX.size + len(_OPENING)
 _FIRST = '{"__metadata__":'
 _REMEMBERED_CHARACTERS = 256 * 1024
@@ -224,41 +225,58 @@ def encode_header(layout: Layout, facts: Facts, checksums: str | None) -> bytes:
 
     ``TypeError`` or ``ValueError`` for what ``check_specs`` refuses, and for more than safetensors' 100 MB.
     """
-    said = {
-        _FORMAT: str(FORMAT_VERSION),
-        _REQUEST: facts.request_id,
-        _TOKENS: str(facts.token_count),
-        _GENERATION: str(facts.generation),
-        _FRAMEWORK: facts.framework,
-        _METADATA: facts.metadata_json,
-        _CHECKSUM: ALGORITHM,
-    }
-    if checksums is not None:
-        said[_TENSORS] = checksums
-    return _sealed(f'{"0" * DIGITS}",{to_json(said)[1:]}{_entries(layout)}}}')
+    return HeaderDraft(layout, facts, checksums=checksums is not None).filled_in(checksums or "")
+
+
+class HeaderDraft:
+    """A header whose ``checksums`` are still to be known: as long as it will be. Raises what ``encode_header`` does."""
+
+    def __init__(self, layout: Layout, facts: Facts, *, checksums: bool) -> None:
+        said = {
+            _FORMAT: str(FORMAT_VERSION),
+            _REQUEST: facts.request_id,
+            _TOKENS: str(facts.token_count),
+            _GENERATION: str(facts.generation),
+            _FRAMEWORK: facts.framework,
+            _METADATA: facts.metadata_json,
+            _CHECKSUM: ALGORITHM,
+        }
+        if checksums:
+            said[_TENSORS] = "0" * DIGITS * len(layout.specs)
+        metadata = f'{_OPENING}{"0" * DIGITS}",{to_json(said)[1:]}'.encode()
+        self._header = _aligned(metadata + _entries(layout) + b"}")
+        self._end = _PREFIX.size + len(metadata) - len('"}')
+
+    def __len__(self) -> int:
+        return len(self._header)
+
+    def filled_in(self, checksums: str) -> bytes:
+        """The header with these digits, as many as there are to be, and with its own checksum."""
+        header = self._header
+        header[self._end - len(checksums) : self._end] = checksums.encode()
+        header[_SEAL_AT : _SEAL_AT + DIGITS] = checksum_around(memoryview(header), _SEAL_AT)
+        return bytes(header)
 
 
 @lru_cache(maxsize=64)
-def _entries(layout: Layout) -> str:
+def _entries(layout: Layout) -> bytes:
     """What the header says of the tensors: the same at each save of the same ones."""
     check_specs(layout.specs)
     return "".join(
         f',{to_json(spec.name)}:{{"dtype":"{spec.dtype}","shape":[{",".join(map(str, spec.shape))}],'
         f'"data_offsets":[{offset},{offset + size}]}}'
         for spec, offset, size in zip(layout.specs, layout.offsets, layout.sizes, strict=True)
-    )
+    ).encode()
 
 
-def _sealed(after_opening: str) -> bytes:
-    body = _OPENING + after_opening.encode()
+def _aligned(body: bytes) -> bytearray:
     length = len(body) + -(_PREFIX.size + len(body)) % DATA_ALIGNMENT
     if length > MAX_HEADER_BYTES:
         raise ValueError(
             f"the header takes {length} bytes, and safetensors allows {MAX_HEADER_BYTES}: "
             "use fewer tensors or shorter names"
         )
-    header = _PREFIX.pack(length) + body.ljust(length)
-    return header[:_SEAL_AT] + checksum_around(memoryview(header), _SEAL_AT) + header[_SEAL_AT + DIGITS :]
+    return bytearray(_PREFIX.pack(length) + body.ljust(length))
 
 
 # --- reading a header ---
@@ -290,7 +308,7 @@ def decode_header(raw: bytes | memoryview, file_size: int) -> Header:
     size = header_size(view[: _PREFIX.size], file_size)
     if len(view) != size:
         raise SnapshotCorruptError(f"the header claims {size} bytes, and {len(view)} could be read")
-    sealed = view[_PREFIX.size : _SEAL_AT] == _OPENING
+    sealed = view[_PREFIX.size : _SEAL_AT] == _OPENING.encode()
     if sealed and view[_SEAL_AT : _SEAL_AT + DIGITS] != checksum_around(view, _SEAL_AT):
         raise SnapshotCorruptError("the header was altered: it does not match its checksum")
     text = header_text(view[_PREFIX.size :])

@@ -54,7 +54,7 @@ def read_data(
     segments = segments_of(layout, buffer)
     sums = Checksums() if verify and header.checksums is not None else None
     done = 0
-    for chunk in in_chunks((segments[index] for index in layout.file_order), CHUNK_BYTES):
+    for chunk in in_chunks(map(segments.__getitem__, layout.file_order), CHUNK_BYTES):
         nbytes = sum(len(piece) for piece, _ in chunk)
         count = read_exactly(files, fd, buffer[done : done + nbytes], header.data_offset + done)
         done += count

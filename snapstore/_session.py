@@ -64,6 +64,7 @@ class Session:
         self.path = path
         self.temporary = join(path, _paths.TEMPORARY)
         self.trash = join(path, _paths.TRASH)
+        self._hold(self.path, self.temporary, self.trash)
 
     @classmethod
     def open(cls, files: FileSystem, root: str, *, durable: bool = False) -> Session:
@@ -110,21 +111,39 @@ class Session:
     def trash_path(self) -> str:
         return join(self.trash, _paths.random_name())
 
+    def look(self) -> None:
+        """``FileNotFoundError`` unless its directory is where its name says: what is written would be in no root."""
+        self._files.look_for(self.path)
+
     def mend(self) -> None:
         """Make again what somebody removed: the working directories, or all of it. ``OSError`` if it can not be.
 
         A root without its marker is not filled again: the disk that it was on may just not be mounted. A session that
         came back meanwhile, with its disk, is kept as it is. For the writer alone: what it writes must not be undone.
         """
+        self._let_go()
         try:
             _make_directory_if_missing(self._files, self.temporary)
             self.mend_trash()
         except FileNotFoundError:
             self._make_again()
+        finally:
+            self._hold(self.path, self.temporary, self.trash)
+
+    def _hold(self, *paths: str) -> None:
+        """So that a save is not a walk from the root for each operation. Where it can not be, it is one."""
+        for path in paths:
+            with suppress(OSError):
+                self._files.hold(path)
+
+    def _let_go(self) -> None:
+        for path in (self.path, self.temporary, self.trash):
+            self._files.ways.let_go(path)
 
     def mend_trash(self) -> None:
         """Make the trash again. ``OSError`` if it can not be, as where all of the session is gone."""
         _make_directory_if_missing(self._files, self.trash)
+        self._hold(self.trash)
 
     def _make_again(self) -> None:
         check_root(self._files, self.root)
@@ -184,6 +203,7 @@ class Session:
 
     def release(self) -> None:
         """Give the ownership up. Twice is fine."""
+        self._let_go()
         for lock in self._locks:
             lock.release()
 
@@ -388,7 +408,7 @@ def check_root(files: FileSystem, root: str, *, may_be_empty: bool = False) -> N
 
     From here on this file system reaches what is below ``root`` through no link.
     """
-    files.guarded |= {root}
+    files.ways.guard(root)
     try:
         status = files.status_at(root)
     except FileNotFoundError as error:

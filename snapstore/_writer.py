@@ -73,6 +73,7 @@ class Writer:
 
     def _write(self, job: Job) -> tuple[SnapshotInfo, int] | None:
         """Make the file; ``None`` if the job was cancelled before its rename, with nothing left behind."""
+        self._session.look()
         temporary = self._session.temporary_path()
         final = self._session.snapshot_path(job.key.request_id, job.ticket.generation, job.key.token_count)
         fd = self._files.create(temporary)

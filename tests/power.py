@@ -200,6 +200,7 @@ class Mortal(FileSystem):
     """What a process sees of a disk that other processes see too, until it dies after so many changes there."""
 
     def __init__(self, disk: RecordingFileSystem, changes: int) -> None:
+        super().__init__()
         self.disk = disk
         self.changes = changes
 

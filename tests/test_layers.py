@@ -31,7 +31,8 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     },
     {
         "_paths": set(),
-        "_files": set(),
+        "_files": {"_ways"},
+        "_ways": set(),
         "_format": {"_checksum", "_json"},
         "_json": set(),
         "_checksum": set(),
@@ -105,6 +106,7 @@ def words(text: str) -> set[str]:
 
 DISK_ROOMS = {
     "_files",
+    "_ways",
     "demo",
 }  # the demo is a caller: it makes its own folder, and looks at what is left there
 DISK_MODULES = words("fcntl fileinput glob shutil tempfile")
@@ -126,8 +128,9 @@ DISK_METHODS = words(
 )
 """Methods of ``pathlib.Path`` that reach a disk, as far as their names tell."""
 
-THREAD_ROOMS = {"_threads", "_owner", "adapters"}
-"""Beside the room for it: a fork meets all stores of the process at once, and a driver's locks are its own."""
+THREAD_ROOMS = {"_threads", "_owner", "_ways", "adapters"}
+"""Beside the room for it: a fork meets all stores of the process at once, a file system may be of several, and a
+driver's locks are its own."""
 
 MAY_TOUCH = {
     "_owner": {"os.close", ".read_text"},

@@ -71,6 +71,7 @@ class Torn(FileSystem):
     """Makes its first rename in two steps, and waits in between until a reader has missed the name."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.met = threading.Event()
         self.first = True
 

@@ -285,6 +285,7 @@ class Disk(FileSystem):
     """So much is free on it, as it says."""
 
     def __init__(self, free_bytes: int) -> None:
+        super().__init__()
         self.free = free_bytes
 
     def free_bytes(self, path: str | int) -> int:
@@ -638,7 +639,7 @@ ON_THE_CALLER = [
     *("snapstore._memory.allocate", "snapstore._staging.HostImage"),
 ]
 IN_THE_WRITER = [
-    *("snapstore._filing.Checksums", "snapstore._filing.encode_header", "snapstore._filing.write_all"),
+    *("snapstore._filing.Checksums", "snapstore._filing.HeaderDraft", "snapstore._filing.write_all"),
     *("snapstore._paths.random_name", "snapstore._writer.SnapshotInfo"),
 ]
 

@@ -96,6 +96,7 @@ class FaultyFileSystem(FileSystem):
     """The real file system, with faults where the test plants them. ``calls`` lists what was done, in order."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._mutex = threading.Lock()
         self._rules: list[_Rule] = []
         self._open_paths: dict[int, str] = {}

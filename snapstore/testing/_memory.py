@@ -101,6 +101,7 @@ class MemoryFileSystem(FileSystem):
     """See the module. ``write_bytes_max`` makes writes short, as a disk may."""
 
     def __init__(self, *, write_bytes_max: int | None = None) -> None:
+        super().__init__()
         self._mutex = threading.Lock()
         self._write_bytes_max = write_bytes_max
         self._numbers = ROOT
@@ -199,6 +200,15 @@ class MemoryFileSystem(FileSystem):
             if isinstance(node, File):
                 raise _error(errno.ENOTDIR, path)
             return self._open(node, readable=True, writable=False)
+
+    def hold(self, path: str) -> None:
+        """See ``FileSystem``. A path is one step here."""
+        self.look_for(path)
+
+    def look_for(self, path: str) -> None:
+        """See ``FileSystem``."""
+        with self._mutex:
+            self._node(path, None)
 
     def reserve(self, fd: int, nbytes: int) -> None:  # noqa: ARG002 - as the real one
         """See ``FileSystem``. There is always room."""
