@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,20 +17,20 @@ from helpers import tensors
 from serving import Served, load, percentile, serving
 
 from snapstore import SnapshotStore, StoreOptions
+from snapstore._files import FileSystem
 from snapstore.aio import THREADS, AsyncSnapshotStore
 from snapstore.asgi import create_app
 from snapstore.testing import FakeDevice, FaultyFileSystem
 
 LAG_S, ANSWER_S = 0.020, 0.050
+HEALTHY_LAG_S, SLOWNESS_MAX = 0.005, 8.0
 PATHS = ["/health", "/metrics", "/stats"]
 SECONDS, WINDOWS = 2.5, 3
 MiB = 1024 * 1024
 
 
 @contextmanager
-def served(
-    root: Path, files: FaultyFileSystem, **options: Any
-) -> Iterator[tuple[Served, AsyncSnapshotStore]]:
+def served(root: Path, files: FileSystem, **options: Any) -> Iterator[tuple[Served, AsyncSnapshotStore]]:
     """A store behind a server. At the end the disk is well again, and everything that was stuck has its end."""
     store = SnapshotStore(root, StoreOptions(**options), file_system=files)
     shared = AsyncSnapshotStore(store)
@@ -37,21 +38,36 @@ def served(
         with serving(lambda: create_app(shared)) as server:
             yield server, shared
     finally:
-        files.heal()
+        if isinstance(files, FaultyFileSystem):
+            files.heal()
         asyncio.run(shared.shutdown(cleanup=True))
 
 
 def assert_alive(server: Served, *, statuses: list[int], before: set[threading.Thread]) -> dict[str, float]:
     """The measure of this file; ``before``: the threads without which it all began.
 
-    Other processes of the machine only ever add to it, so one window of three has to be good.
+    Other processes of the machine only ever add to it, so one window of three has to be good: by the limits, or, on a
+    machine that is busy with them, by what a server that nothing ails needs in between.
     """
     for _ in range(WINDOWS):
         figures = measured(server, statuses, before)
         sys.stderr.write(f"{figures}\n")
-        if figures["lag p99 ms"] <= LAG_S * 1e3 and figures["answer p99 ms"] <= ANSWER_S * 1e3:
+        if not_felt(figures, slowness=1.0) or not_felt(figures, slowness_of_the_machine()):
             return figures
     raise AssertionError(figures)
+
+
+def not_felt(figures: dict[str, float], slowness: float) -> bool:
+    lag_ms, answer_ms = figures["lag p99 ms"] / slowness, figures["answer p99 ms"] / slowness
+    return lag_ms <= LAG_S * 1e3 and answer_ms <= ANSWER_S * 1e3
+
+
+def slowness_of_the_machine() -> float:
+    """How many times what a healthy server takes where nothing else runs: 1, and at most ``SLOWNESS_MAX``."""
+    with tempfile.TemporaryDirectory() as folder, served(Path(folder), FileSystem()) as (server, _):
+        figures = measured(server, [200], ours())
+    sys.stderr.write(f"healthy: {figures}\n")
+    return min(SLOWNESS_MAX, max(1.0, figures["lag p99 ms"] / (HEALTHY_LAG_S * 1e3)))
 
 
 def measured(server: Served, statuses: list[int], before: set[threading.Thread]) -> dict[str, float]:

@@ -163,10 +163,18 @@ def test_a_slow_device_and_a_busy_processor(empty: Path, monkeypatch: pytest.Mon
     files.delay("sync_data", 0.7)
     found = topic(checkup(empty, files), "writing")
     assert found.level == "note" and "slow disk" in found.advice
-    files = FaultyFileSystem()
-    files.delay("rename", 0.5)
     monkeypatch.setattr(doctor, "_RENAMES", 1)
-    found = topic(checkup(empty, files), "writing")
+    monkeypatch.setattr(doctor, "_SLOW_DEVICE_BYTES_S", 0)  # it may be one, while others use it
+    for delay_s in (
+        0.5,
+        2.0,
+        8.0,
+    ):  # it is to be long beside a raw write, and that may take its time here too
+        files = FaultyFileSystem()
+        files.delay("rename", delay_s)
+        found = topic(checkup(empty, files), "writing")
+        if found.level == "note":
+            break
     assert found.level == "note" and "busy" in found.advice
 
 
