@@ -99,8 +99,8 @@ class Sweeper:
         files: FileSystem,
         *,
         reclaim: bool,
-        only: frozenset[str] | None = None,
-        full: bool = False,
+        only: frozenset[str] | None,
+        full: bool,
     ) -> None:
         self._state = state
         self._full = full

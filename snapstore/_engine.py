@@ -249,7 +249,10 @@ class Engine:
             lambda: ending.errors.extend(self.staging.close(self._left_s(deadline_s))),
         ]
         ending.errors += filter(None, map(_guarded, steps))
-        self._report.set_result(self._reported(ending))
+        try:
+            self._report.set_result(self._reported(ending))
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the report is told
+            self._report.set_exception(error)
 
     def _end_copies(self, ending: _Shutdown, deadline_s: float) -> None:
         ending.not_copied = self.staging.finish(self._left_s(deadline_s) * _DEVICE_SHARE)

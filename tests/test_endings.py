@@ -295,6 +295,22 @@ def test_a_step_that_raises_keeps_none_of_the_others_from_being_made(
     assert sessions_in(root) == []
 
 
+def test_a_report_that_can_not_be_made_is_waited_for_by_nobody(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store has ended all the same."""
+    store = SnapshotStore(root)
+
+    def no_memory(**facts: object) -> None:
+        raise MemoryError("on purpose")
+
+    monkeypatch.setattr("snapstore._engine.ShutdownReport", no_memory)
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="on purpose"):
+            store.begin_shutdown(cleanup=True).result(10)
+    assert sessions_in(root) == []
+
+
 @pytest.mark.thread_dies
 def test_a_writer_that_dies_on_the_way_leaves_nothing_held(root: Path, files: FaultyFileSystem) -> None:
     """Memory, buffers and the session's lock are released all the same, and the report says it."""

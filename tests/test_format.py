@@ -371,12 +371,58 @@ def test_a_wrong_fact_is_told(key: str, value: str, words: str) -> None:
             f'{{"dtype":"U8","shape":[{2**63 - 1}],"data_offsets":[0,4]}}',
             f"it has {2**63 - 1} bytes by its shape, and 4 by data_offsets",
         ),
+        (
+            '{"dtype":"U8","shape":[4],"data_offsets":[1,4]}',
+            "it has 4 bytes by its shape, and 3 by data_offsets",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_tensor_is_told(entry: str, words: str) -> None:
     with pytest.raises(SnapshotCorruptError) as caught:
         read_header(framed(f'{{"a":{entry}}}', bytes(4)))
     assert str(caught.value) == f"tensor 'a': {words}"
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (
+            '{"a":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}}',
+            "tensor 'a' begins at byte 2 of the data, not at 0",
+        ),
+        (
+            '{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}',
+            "the header lists 2 bytes of data, and the file has 4",
+        ),
+        (
+            '{"\\ud800":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}',
+            "the header holds a lone surrogate, which is no text",
+        ),
+        ('{"__metadata__":{"a":1}}', "__metadata__ must map strings to strings"),
+    ],
+)
+def test_what_is_wrong_with_a_header_is_told(header: str, words: str) -> None:
+    with pytest.raises(SnapshotCorruptError) as caught:
+        read_header(framed(header, bytes(4)))
+    assert str(caught.value) == words
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        (b"1234567", "the file ends within its first 8 bytes"),
+        (struct.pack("<Q", 100_000_001), "the header claims 100000001 bytes; at most 100000000 are allowed"),
+        (struct.pack("<Q", 3) + b"{}", "the header claims 3 bytes, and the whole file has 10"),
+    ],
+)
+def test_what_is_wrong_with_the_size_of_a_header_is_told(file: bytes, words: str) -> None:
+    with pytest.raises(SnapshotCorruptError) as caught:
+        read_header(file)
+    assert str(caught.value) == words
+
+
+def test_an_empty_tensor_may_have_the_largest_extent_that_can_be_indexed() -> None:
+    assert not refused(framed(f'{{"a":{{"dtype":"U8","shape":[0,{2**63 - 1}],"data_offsets":[0,0]}}}}'))
 
 
 def test_the_bytes_of_a_header_are_these() -> None:
@@ -414,7 +460,9 @@ def test_our_file_written_again_by_another_tool_is_refused() -> None:
     said = json.loads(file[8 : header_size(file[:8], len(file))])["__metadata__"]
     del said["snapstore.header_checksum"]
     again = safetensors.numpy.save({"a": np.zeros(3)}, metadata=said)
-    with pytest.raises(SnapshotCorruptError, match="does not begin as snapstore writes it"):
+    with pytest.raises(
+        SnapshotCorruptError, match="^the header was altered: it does not begin as snapstore writes it$"
+    ):
         read(again)
 
 

@@ -446,7 +446,7 @@ def test_removals_that_fail_warn_once_and_are_well_again_when_they_work(
     let_sweeper_finish(store)
     [warning] = warnings_in(caplog)
     assert warning.startswith("removal_failed (io_error): ")
-    assert store.health().status == "degraded"
+    assert store.health().status == "degraded" and os.strerror(errno.EIO) in str(store.health().reasons)
     store.save("other", 1, tensors(1)).result(10)
     assert store.health().status == "degraded", "a write that works does not free the trash"
     files.heal()
