@@ -461,7 +461,7 @@ def test_our_file_written_again_by_another_tool_is_refused() -> None:
     del said["snapstore.header_checksum"]
     again = safetensors.numpy.save({"a": np.zeros(3)}, metadata=said)
     with pytest.raises(
-        SnapshotCorruptError, match="^the header was altered: it does not begin as snapstore writes it$"
+        SnapshotCorruptError, match=r"^the header was altered: it does not begin as snapstore writes it$"
     ):
         read(again)
 
