@@ -243,7 +243,8 @@ class HeaderDraft:
         }
         if checksums:
             said[_TENSORS] = "0" * DIGITS * len(layout.specs)
-        metadata = f'{_OPENING}{"0" * DIGITS}",{to_json(said)[1:]}'.encode()
+        pairs = ",".join(f'"{name}":{to_json(text)}' for name, text in said.items())
+        metadata = f'{_OPENING}{"0" * DIGITS}",{pairs}}}'.encode()
         self._header = _aligned(metadata + _entries(layout) + b"}")
         self._end = _PREFIX.size + len(metadata) - len('"}')
 

@@ -22,6 +22,7 @@ import secrets
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 
 MARKER = ".snapstore"
 OWNER_RECORD = "owner.json"
@@ -47,6 +48,7 @@ class GenerationName:
     generation: int
 
 
+@lru_cache(maxsize=1024)
 def request_hash(request_id: str) -> str:
     """32 hex digits that stand for the request id in file names."""
     return hashlib.sha256(request_id.encode()).hexdigest()[:32]

@@ -43,7 +43,7 @@ from __future__ import annotations
 import errno
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from snapstore._errors import (
     DiskQuotaError,
@@ -214,13 +214,18 @@ class State:
         """Invariant 4. Read without the lock: the writer looks between chunks and may learn of it one chunk late."""
         return job.life.alive
 
-    def commit(self, job: Job, info: SnapshotInfo, disk_bytes: int) -> bool:
-        """``WRITING -> COMMITTED`` if the job is current. False: the writer undoes its file, and says so."""
+    def commit(self, job: Job, info: SnapshotInfo, disk_bytes: int, free_bytes: int | None = None) -> bool:
+        """``WRITING -> COMMITTED`` if the job is current. False: the writer undoes its file, and says so.
+
+        ``free_bytes``: on the disk, as just measured.
+        """
         settled: _Settled = []
         with self._lock:
             life, token_count = job.life, job.key.token_count
             if not life.alive:
                 return False
+            if free_bytes is not None:
+                self._ledger.free_bytes = free_bytes
             self._leave_pending_locked(job)
             self._unlist_locked(life, token_count)
             commit = Commit(info, disk_bytes)
@@ -896,14 +901,19 @@ class State:
     def _announce(self, settled: _Settled) -> None:
         """After the lock: give memory back and resolve tickets, in that order, so that a result finds it released.
 
-        All of them, whatever a callback of one ticket raises.
+        All of them, whatever a callback of one ticket raises: that of the first is raised when all are told.
         """
-        with ExitStack() as outcomes:
-            outcomes.callback(self._ring)
-            for job, outcome in reversed(settled):
-                outcomes.callback(job.ticket._settle, outcome)
-            for job, _ in settled:
-                self.let_go_memory(job)
+        raised: BaseException | None = None
+        for job, _ in settled:
+            self.let_go_memory(job)
+        for job, outcome in settled:
+            try:
+                job.ticket._settle(outcome)
+            except BaseException as error:  # noqa: BLE001 - it is raised below
+                raised = raised or error
+        self._ring()
+        if raised is not None:
+            raise raised
 
 
 def _give_memory_back(job: Job) -> None:

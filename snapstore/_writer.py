@@ -71,8 +71,11 @@ class Writer:
             self._note_success()
         return True
 
-    def _write(self, job: Job) -> tuple[SnapshotInfo, int] | None:
-        """Make the file; ``None`` if the job was cancelled before its rename, with nothing left behind."""
+    def _write(self, job: Job) -> tuple[SnapshotInfo, int, int | None] | None:
+        """Make the file: what it is, the bytes of disk that it takes, and those that are free, if that is to be known.
+
+        ``None`` if the job was cancelled before its rename, with nothing left behind.
+        """
         self._session.look()
         temporary = self._session.temporary_path()
         final = self._session.snapshot_path(job.key.request_id, job.ticket.generation, job.key.token_count)
@@ -83,7 +86,7 @@ class Writer:
                 self._files.unlink(temporary)
                 return None
             self._make_generation(job.life)
-            self._look_at_space()
+            free_bytes = self._free_bytes()
             info = SnapshotInfo(job.key, job.ticket.generation, Path(final), job.nbytes)
             self._put_in_place(
                 temporary, final, made
@@ -91,7 +94,7 @@ class Writer:
         except BaseException:
             self._discard(temporary)
             raise
-        return info, disk_bytes(made)
+        return info, disk_bytes(made), free_bytes
 
     def _write_temporary(self, job: Job, fd: int) -> os.stat_result | None:
         """Fill and close the file. What the disk says of it; ``None`` if the job was cancelled on the way."""
@@ -179,11 +182,12 @@ class Writer:
         for path in litter:
             self._discard(path)
 
-    def _look_at_space(self) -> None:
+    def _free_bytes(self) -> int | None:
         try:
-            self._state.note_free_bytes(self._files.free_bytes(self._session.root))
+            return self._files.free_bytes(self._session.root)
         except OSError as error:
             _log.debug("the free space is not to be known: %s", error)
+            return None
 
     def _note_failure(self, job: Job, error: Exception) -> None:
         """One warning at the change, not one a job."""
