@@ -270,6 +270,16 @@ def test_two_thousand_tensors_keep_their_order() -> None:
     assert header.layout == layout
 
 
+@pytest.mark.parametrize(("name_characters", "remembered"), [(10, True), (3000, False)])
+def test_what_a_small_header_says_is_remembered_and_a_large_one_takes_no_memory(
+    name_characters: int, remembered: bool
+) -> None:
+    layout = Layout.of(TensorSpec(f"{i:0{name_characters}}", "U8", (1,)) for i in range(100))
+    file = file_of(layout, data_of(layout))
+    first, second = read_header(file).layout, read_header(file).layout
+    assert first == second == layout and (first is second) is remembered
+
+
 def test_every_dtype_of_stock_is_known_or_refused_by_name() -> None:
     with pytest.raises(safetensors.SafetensorError) as caught:
         safetensors.deserialize(framed('{"a":{"dtype":"?","shape":[],"data_offsets":[0,0]}}'))
@@ -419,6 +429,22 @@ def test_what_is_wrong_with_the_size_of_a_header_is_told(file: bytes, words: str
     with pytest.raises(SnapshotCorruptError) as caught:
         read_header(file)
     assert str(caught.value) == words
+
+
+def test_a_header_of_no_bytes_is_one() -> None:
+    assert header_size(bytes(8), 8) == 8
+
+
+def test_what_happened_to_a_header_is_told() -> None:
+    file = bytearray(small_file())
+    size = header_size(file[:8], len(file))
+    with pytest.raises(SnapshotCorruptError) as short:
+        decode_header(file[: size - 1], len(file))
+    assert str(short.value) == f"the header claims {size} bytes, and {size - 1} could be read"
+    file[size - 1] ^= 1
+    with pytest.raises(SnapshotCorruptError) as altered:
+        decode_header(file[:size], len(file))
+    assert str(altered.value) == "the header was altered: it does not match its checksum"
 
 
 def test_an_empty_tensor_may_have_the_largest_extent_that_can_be_indexed() -> None:
