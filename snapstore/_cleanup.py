@@ -157,6 +157,7 @@ class Sweeper:
         for start in range(0, len(lives), _BATCH):
             swept: list[tuple[Life, int]] = []
             in_trash = len(self._trash)
+            self._session.follow()
             for life in lives[start : start + _BATCH]:
                 try:
                     swept.append((life, self._rename_aside(life)))

@@ -59,6 +59,7 @@ class Session:
     ) -> None:
         self._files = files
         self._locks = [lock]
+        self._swapped = False
         self.durable = durable
         self.root = root
         self.path = path
@@ -113,18 +114,30 @@ class Session:
 
     def look(self) -> None:
         """``FileNotFoundError`` unless its directory is where its name says: what is written would be in no root."""
+        if self._swapped:
+            raise FileNotFoundError(errno.ENOENT, "another directory stands here now", self.path)
         self._files.look_for(self.path)
+
+    def follow(self) -> None:
+        """Where another directory stands under its name, that is the session from here on: ``look`` says so."""
+        with suppress(OSError):  # with nothing there it is away, or gone: what is held will do
+            if not self._files.ways.is_held(self.path, self._files.status_at(self.path)):
+                self._swapped = True
+                self._let_go()
 
     def mend(self) -> None:
         """Make again what somebody removed: the working directories, or all of it. ``OSError`` if it can not be.
 
         A root without its marker is not filled again: the disk that it was on may just not be mounted. A session that
-        came back meanwhile, with its disk, is kept as it is. For the writer alone: what it writes must not be undone.
+        came back meanwhile, with its disk or from a backup, is kept as it is, and owned. For the writer alone: what it
+        writes must not be undone.
         """
         self._let_go()
+        self._swapped = False
         try:
             _make_directory_if_missing(self._files, self.temporary)
             self.mend_trash()
+            self._own_what_stands()
         except FileNotFoundError:
             self._make_again()
         finally:
@@ -155,6 +168,14 @@ class Session:
             _bear(self._files, self.root, unborn, self.path, lock, self.durable)
         finally:
             self._own(lock)
+
+    def _own_what_stands(self) -> None:
+        if any(lock.is_in(self.path) for lock in self._locks):
+            return
+        lock = OwnerLock.take(self._files, self.path, create=True)
+        if lock is None:
+            raise OSError(errno.EBUSY, "it came back, and another process has it in hand", self.path)
+        self._own(lock)
 
     def _own(self, lock: OwnerLock) -> None:
         """Also the lost one's lock is held while it stands anywhere: it may come back."""

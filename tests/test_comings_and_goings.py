@@ -142,6 +142,49 @@ def test_a_session_that_comes_back_after_another_was_made_for_it_is_still_owned(
     assert second.shutdown(cleanup=True).clean
 
 
+def test_a_session_that_was_restored_under_a_live_store_is_owned(
+    root: Path, store: SnapshotStore, place: Path
+) -> None:
+    """Its lock file is a copy, on which nobody has a lock, until a save finds that out."""
+    saved(store)
+    shutil.copytree(store.session, place)
+    Aside(store.session, root.with_name("original"))
+    place.rename(store.session)
+    with pytest.raises(SaveFailedError):
+        saved(store, "finds out")
+    saved(store, "other")
+    second = SnapshotStore(root)
+    let_sweeper_finish(second)
+    for request_id in ("request", "other"):
+        assert_same(store.load(request_id, 1), tensors(1))
+    assert second.shutdown(cleanup=True).clean
+
+
+@pytest.mark.parametrize("original", ["moved", "removed"])
+def test_a_request_that_is_cleaned_up_after_its_session_was_restored_is_gone_from_that_too(
+    root: Path, store: SnapshotStore, place: Path, original: str
+) -> None:
+    """Also with the first one still open, and no save since that could have found out."""
+    saved(store)
+    shutil.copytree(store.session, place)
+    if original == "moved":
+        store.session.rename(root.with_name("original"))
+    else:
+        shutil.rmtree(store.session)
+    place.rename(store.session)
+    assert_same(store.load("request", 1), tensors(1))
+    assert store.cleanup_request("request").clean
+    let_sweeper_finish(store)
+    assert files_below(store.session) == []
+    with pytest.raises(SaveFailedError):
+        saved(store, "finds out")
+    saved(store)
+    second = SnapshotStore(root)
+    let_sweeper_finish(second)
+    assert_same(store.load("request", 1), tensors(1))
+    assert second.shutdown(cleanup=True).clean
+
+
 def test_of_sessions_that_are_made_again_and_again_no_descriptor_is_kept(store: SnapshotStore) -> None:
     def opened() -> int:
         let_sweeper_finish(store)

@@ -98,7 +98,8 @@ def test_an_abort_is_one_rename_whatever_it_has_committed(
         asked = operations(files, lambda: store.cleanup_request("request"))
         gate.wait_reached()
         assert Counter(asked)["rename"] == 1
-        assert set(asked) <= {"rename", "free_bytes", "open_directory"}
+        assert Counter(asked)["status_at"] == 1, "whether the session is where its name says"
+        assert set(asked) <= {"rename", "status_at", "free_bytes", "open_directory"}
 
 
 @pytest.mark.parametrize("borrow", [False, True])
