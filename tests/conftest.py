@@ -39,6 +39,11 @@ settings.register_profile("local", deadline=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if os.environ.get("COVERAGE_RUN") and item.get_closest_marker("speed"):
+        pytest.skip("coverage takes most of the time that is measured here")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown() -> None:
     """Let go of a failed test's frames: what they hold would be found leaked, or be collected in the next test."""

@@ -85,6 +85,7 @@ def test_no_framework_is_imported(dead: Path, command: tuple[str, ...]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.speed
 @pytest.mark.parametrize("command", [("ls",), ("--help",)], ids=" ".join)
 def test_it_starts_in_less_than_150_ms(dead: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
     arguments = command if command == ("--help",) else (*command, dead)

@@ -1086,6 +1086,7 @@ def test_metadata_that_contains_itself_is_refused() -> None:
         encode_metadata(value)
 
 
+@pytest.mark.speed
 @pytest.mark.parametrize("bad", [[], [(1,)]], ids=["fine leaf", "bad leaf"])
 def test_metadata_that_would_be_exponential_is_refused_in_time(deadline: Any, bad: Any) -> None:
     value: Any = bad

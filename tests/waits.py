@@ -22,7 +22,7 @@ time.time = lambda: REAL_TIME() + JUMP_S[0]  # before anything can have taken a 
 
 import numpy as np  # noqa: E402
 
-from snapstore import SaveTicket, SnapshotStore, StoreOptions, _paths  # noqa: E402
+from snapstore import SnapshotStore, StoreOptions, _paths  # noqa: E402
 from snapstore.aio import AsyncSnapshotStore  # noqa: E402
 from snapstore.testing import FakeDevice, FaultyFileSystem  # noqa: E402
 
@@ -69,18 +69,18 @@ def waits_of(root: Path, timeout_s: float, until_the_end: ExitStack) -> dict[str
         "cleanup_request": lambda: cleaned.store.cleanup_request("held").clean,
         "cleanup_all": lambda: emptied.store.cleanup_all().clean,
         "shutdown": lambda: ended.store.shutdown().clean,
-        "a device": saved_from_a_device(root, timeout_s, until_the_end).exception,
+        "a device": saving_from_a_device(root, timeout_s, until_the_end),
         "await flush": lambda: asyncio.run(flushes()),
     }
 
 
-def saved_from_a_device(root: Path, timeout_s: float, until_the_end: ExitStack) -> SaveTicket:
-    """A save whose copy never arrives."""
+def saving_from_a_device(root: Path, timeout_s: float, until_the_end: ExitStack) -> Callable[[], Any]:
+    """A save whose copy never arrives: its time begins with the save."""
     device = FakeDevice()
     store = SnapshotStore(root / "device", StoreOptions(device_timeout_s=timeout_s))
     until_the_end.callback(store.shutdown, cleanup=True, timeout_s=30)
     until_the_end.callback(setattr, device, "automatic", True)
-    return store.save("device", 1, {"x": device.tensor(np.arange(8))})
+    return lambda: store.save("device", 1, {"x": device.tensor(np.arange(8))}).exception()
 
 
 def main(root: Path, timeout_s: float, jump_s: float) -> None:
