@@ -27,16 +27,16 @@ test: $(ready) ## The tests; ARGS="-k save" goes to pytest, WORKERS=2 runs two a
 	@$(bin)/python -m pytest $(if $(WORKERS),-n $(WORKERS)) $(ARGS)
 
 crash: $(ready) ## Kill processes at every system call of their work, and look at what they left; minutes
-	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m crash $(ARGS)
+	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m crash -o faulthandler_timeout=0 $(ARGS)
 
 explore: $(ready) ## Walk 100,000 schedules of the store's threads, and find each planted bug; 10 minutes
 	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m explore -o faulthandler_timeout=0 tests/test_explored.py $(ARGS)
 
 hostile: $(ready) ## Swap directories for links 10,000 times beside all that works in a root, and stop processes for 5 s; 3 minutes
-	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m slow tests/test_hostile.py tests/test_time.py $(ARGS)
+	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m slow -o faulthandler_timeout=0 tests/test_hostile.py tests/test_time.py $(ARGS)
 
 faults: $(ready) ## Have every operation on the disk fail in every way, and hang; 10 minutes
-	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m slow tests/test_faults.py $(ARGS)
+	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m slow -o faulthandler_timeout=0 tests/test_faults.py $(ARGS)
 
 powerloss: $(ready) ## Open every state that a power cut may leave, in wide windows; minutes
 	@SNAPSTORE_TRUST_RESULTS='$(CURDIR)/trust/results' $(bin)/python -m pytest -m powerloss -o faulthandler_timeout=0 tests/test_powerloss.py $(ARGS)
