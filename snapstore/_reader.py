@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from xxhash import xxh3_64
 
@@ -25,15 +26,23 @@ CHUNK_BYTES = 8 * 1024 * 1024
 _PREFIX_BYTES = 8
 
 
+Fill = Callable[[memoryview, int], int]
+"""Fills memory with a file's next bytes, from an offset on; how many there were, fewer only where the file ends."""
+
+
 def read_header(files: FileSystem, fd: int) -> Header:
     """The header of an open file. ``SnapshotCorruptError`` if it is none, before anything large is allocated."""
-    file_size = files.status(fd).st_size
+    return header_from(partial(read_exactly, files, fd), files.status(fd).st_size)
+
+
+def header_from(fill: Fill, file_bytes: int) -> Header:
+    """``read_header``, of a file that comes from wherever ``fill`` has it from."""
     prefix = memoryview(bytearray(_PREFIX_BYTES))
-    count = read_exactly(files, fd, prefix, 0)
-    size = header_size(bytes(prefix[:count]), file_size)
-    raw = bytearray(size)
-    count = read_exactly(files, fd, memoryview(raw), 0)
-    return decode_header(memoryview(raw)[:count], file_size)
+    count = fill(prefix, 0)
+    raw = memoryview(bytearray(header_size(bytes(prefix[:count]), file_bytes)))
+    raw[:count] = prefix
+    count += fill(raw[count:], count)
+    return decode_header(raw[:count], file_bytes)
 
 
 def fresh_memory(header: Header) -> memoryview:
@@ -50,13 +59,20 @@ def read_data(
     memory: Callable[[Header], memoryview] = fresh_memory,
 ) -> memoryview:
     """The data part, in ``memory``. ``SnapshotCorruptError`` if it is cut short or, with ``verify``, altered."""
+    return data_from(partial(read_exactly, files, fd), header, CHUNK_BYTES, verify=verify, memory=memory)
+
+
+def data_from(
+    fill: Fill, header: Header, chunk_bytes: int, *, verify: bool, memory: Callable[[Header], memoryview]
+) -> memoryview:
+    """``read_data``, of a file that comes from wherever ``fill`` has it from, in such chunks."""
     layout, buffer = header.layout, memory(header)
     segments = segments_of(layout, buffer)
     sums = Checksums() if verify and header.checksums is not None else None
     done = 0
-    for chunk in in_chunks(map(segments.__getitem__, layout.file_order), CHUNK_BYTES):
+    for chunk in in_chunks(map(segments.__getitem__, layout.file_order), chunk_bytes):
         nbytes = sum(len(piece) for piece, _ in chunk)
-        count = read_exactly(files, fd, buffer[done : done + nbytes], header.data_offset + done)
+        count = fill(buffer[done : done + nbytes], header.data_offset + done)
         done += count
         if count < nbytes:
             raise SnapshotCorruptError(f"the file ends after {done} of {layout.nbytes} bytes of tensors")

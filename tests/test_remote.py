@@ -7,6 +7,7 @@ import errno
 import gc
 import secrets
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,14 +23,18 @@ from snapstore import (
     RemoteUnavailableError,
     SaveCancelledError,
     SnapshotCorruptError,
+    SnapshotKey,
     SnapshotNotFoundError,
     SnapshotStore,
     StoreOptions,
 )
 from snapstore.aio import AsyncSnapshotStore
 from snapstore.metrics import StoreCollector
-from snapstore.remote import _fetch, _names
+from snapstore.remote import _arriving, _names
+from snapstore.remote._fetch import Hints
+from snapstore.remote._manifest import Entry, RemoteLife
 from snapstore.remote._objects import MULTIPART_BYTES, ObjectStore
+from snapstore.remote._pool import Kind, Pool, Task
 from snapstore.testing import FaultyFileSystem
 
 
@@ -132,7 +137,9 @@ class TestRoundTrip:
             if why == "no space":
                 files.fail("write", errno.ENOSPC, ".tmp")
             else:
-                monkeypatch.setattr(_fetch, "allocate", lambda nbytes: (_ for _ in ()).throw(MemoryError()))
+                monkeypatch.setattr(
+                    _arriving.Arriving, "view", lambda *_: (_ for _ in ()).throw(MemoryError())
+                )
             assert b.load("request", 1).source == "remote"
             eventually(lambda: b.stats().failed == 1)
             assert b.boundaries("request") == ()
@@ -169,12 +176,16 @@ class TestRoundTrip:
         assert a.save("request", 1, large).wait_published(20)
         assert_same(b.load("request", 1), large)
 
-    def test_headers_and_tensors_across_parts(self, nodes, monkeypatch):
-        monkeypatch.setattr(_fetch, "PART_BYTES", 100)
+    def test_headers_and_tensors_across_parts(self, nodes, monkeypatch, eventually):
+        monkeypatch.setattr(_arriving, "PART_BYTES", 100)
         a, b = nodes("a"), nodes("b")
         many = {f"t{index}": np.full(index, index, np.uint16) for index in range(40)}
         a.save("request", 1, many).wait_published(5)
         assert_same(b.load("request", 1), many)
+        eventually(lambda: b.stats().committed == 1)
+        kept = b.load("request", 1)
+        assert kept.source == "disk"
+        assert_same(kept, many)
 
     def test_has_latest_and_boundaries(self, nodes):
         a, b = nodes("a"), nodes("b")
@@ -189,6 +200,54 @@ class TestRoundTrip:
         with pytest.raises(SnapshotNotFoundError) as caught:
             b.load("request", 2048)
         assert not isinstance(caught.value, RemoteUnavailableError)
+
+    @pytest.mark.parametrize("nbytes", [1000, MULTIPART_BYTES])
+    def test_a_file_that_can_not_be_read_says_nothing_of_the_remote_store(self, anywhere, files, nbytes):
+        a, b = anywhere("a", file_system=files, remote_policy="on_publish"), anywhere("b")
+        content = {"x": np.arange(nbytes, dtype=np.uint8)}
+        a.save("request", 1, content).result(10)
+        files.fail("read_into", errno.EIO, times=1)
+        with pytest.raises(SaveCancelledError, match="can not be read"):
+            a.publish("request", timeout_s=5)
+        assert a.stats().remote.failed == 0 and objects(anywhere) == []
+        a.publish("request", timeout_s=20)
+        assert_same(b.load("request", 1), content)
+
+    def test_what_latest_has_found_is_on_its_way_before_the_manifest_says_so_again(self, nodes, monkeypatch):
+        a, b, c = nodes("a"), nodes("b"), nodes("c")
+        a.save("request", 1, tensors(1)).wait_published(5)
+        assert b.latest("request", remote=True) == 1
+        loaded = []
+        for store, announced in ((b, True), (c, False)):
+            thread = threading.Thread(target=lambda store=store: loaded.append(store.load("request", 1)))
+            with (
+                held_back(monkeypatch, "get_range", is_object) as content,
+                held_back(monkeypatch, "get", is_manifest) as manifest,
+            ):
+                thread.start()
+                assert manifest.reached.wait(5)
+                assert content.reached.wait(5 if announced else 0.05) == announced
+                content.open()
+                thread.join(0.05)
+                assert thread.is_alive(), "the manifest has the last word"
+            thread.join(5)
+            assert_same(loaded[-1], tensors(1))
+
+    def test_what_latest_has_found_and_is_no_more_is_not_loaded(self, nodes, monkeypatch, eventually):
+        a, b = nodes("a"), nodes("b", max_session_bytes=1)
+        a.save("request", 1, tensors(1)).wait_published(5)
+        assert b.latest("request", remote=True) == 1
+        with held_back(monkeypatch, "delete", is_object):
+            a.save("request", 1, tensors(2, 50_000)).wait_published(5)
+            assert_same(b.load("request", 1), tensors(2, 50_000))
+        assert b.latest("request", remote=True) == 1
+        with nodes("c", max_session_bytes=1) as c:
+            assert c.latest("request", remote=True) == 1
+            a.cleanup_request("request")
+            eventually(lambda: a.stats().remote.endings == 0)
+            for store in (b, c):
+                with pytest.raises(SnapshotNotFoundError, match="neither here nor in the remote store"):
+                    store.load("request", 1)
 
     def test_saved_again_it_is_replaced_and_its_object_goes(self, nodes, eventually):
         a, b = nodes("a"), nodes("b")
@@ -687,6 +746,36 @@ class TestTrouble:
 def _drop(held: list[SnapshotStore]) -> None:
     held.clear()
     gc.collect()
+
+
+def test_hints_are_of_the_latest_looks_and_of_what_one_request_brings():
+    hints, life = Hints(), RemoteLife("life", 1.0, {1: Entry("small", 100, 1), 2: Entry("large", 2**30, 1)})
+    for number in range(1025):
+        hints.note(f"request-{number}", life)
+    assert hints.of(SnapshotKey("request-0", 1)) is None
+    assert hints.of(SnapshotKey("request-1", 1)) == Entry("small", 100, 1)
+    assert hints.of(SnapshotKey("request-1", 2)) is None and hints.of(SnapshotKey("request-1", 3)) is None
+    hints.note("request-1", None)
+    assert hints.of(SnapshotKey("request-1", 1)) is None
+
+
+def test_all_that_waited_for_one_upload_goes_when_it_is_over():
+    wrong, begun, gate, together = [], threading.Event(), threading.Event(), threading.Barrier(3)
+    pool = Pool(4, 10, lambda: None, lambda error: None)
+    pool.start()
+    pool.put(Task(Kind.UPLOAD, lambda: begun.set() or gate.wait(5), wrong.append, 10))
+    assert begun.wait(5)
+    for _ in range(2):
+        pool.put(Task(Kind.UPLOAD, lambda: together.wait(5), wrong.append, 5))
+    awake = threading.Barrier(4)
+    for _ in range(3):
+        pool.put(Task(Kind.ASK, lambda: awake.wait(5), wrong.append))
+    awake.wait(5)
+    gate.set()
+    together.wait(5)
+    assert pool.await_idle(time.monotonic() + 5) and not wrong
+    pool.close()
+    assert pool.join(time.monotonic() + 5)
 
 
 def test_prometheus_is_told(nodes):

@@ -88,10 +88,9 @@ class Exchange:
             if upload.tag not in ("", file.tag):
                 return "a later save of its key replaced it"
             upload.tag, upload.file_bytes = file.tag, file.nbytes
-            file.seek(0)
             if upload.put_s is not None:
                 upload.rename()
-            self._objects.put(upload.name, file, file.nbytes)
+            self._objects.put(upload.name, file)
         finally:
             if upload.file is None:
                 file.close()

@@ -1,34 +1,30 @@
-"""The way back: a snapshot's object -> memory of the caller's own, in parts at once, each checked before it counts."""
+"""The way back: a snapshot's object -> memory of the caller's own, each part checked while the next ones travel."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, InvalidStateError
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import suppress
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-from snapstore._errors import RemoteUnavailableError, SnapshotCorruptError, SnapshotNotFoundError
-from snapstore._format import Facts, Header, decode_header, header_size, verify_checksums
-from snapstore._memory import HostImage, allocate, copy_bytes, segments_of
-from snapstore._reader import check_identity
+from snapstore._errors import SnapshotCorruptError, SnapshotNotFoundError
+from snapstore._format import Facts, Header
+from snapstore._memory import HostImage
+from snapstore._reader import check_identity, data_from, header_from
 from snapstore._records import Content, Life
 from snapstore._state import State
 from snapstore._types import SnapshotKey
+from snapstore.remote._arriving import PART_BYTES, Arriving
 from snapstore.remote._manifest import Entry, RemoteLife
 from snapstore.remote._objects import ObjectStore
 from snapstore.remote._pool import Kind, Pool, Task
 
-FIRST_BYTES = 1024 * 1024
-PART_BYTES = 16 * 1024 * 1024
-"""The first part is small: while the others are on their way, its header tells what memory to get ready for them."""
+CHUNK_BYTES = 1024 * 1024
+"""Copied, then hashed while a cache has it."""
 
-_PREFIX_BYTES = 8
-_HUGE_PAGE_BYTES = 2 * 1024 * 1024
-
-_R = TypeVar("_R")
+_MOST_HINTS = 1024
 
 
 class Figures(Protocol):
@@ -38,21 +34,47 @@ class Figures(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """The bytes of an object, in order, in memory that nobody writes to."""
+class Fetched:
+    """What has come, in memory that nobody writes to."""
 
-    chunks: tuple[memoryview, ...]
+    object: Arriving
     header: Header
     facts: Facts
 
-    def copy_data(self, target: memoryview) -> None:
-        """The tensors' part. Blocks for one copy."""
-        for start, chunk in _offsets(iter(self.chunks)):
-            _place(chunk, start - self.header.data_offset, target)
+    def image(self) -> HostImage:
+        """For the local disk. Blocks for a copy of what lies in several parts."""
+        layout, start = self.header.layout, self.header.data_offset
+        places = zip(layout.offsets, layout.sizes, strict=True)
+        segments = [self.object.view(start + offset, start + offset + size) for offset, size in places]
+        return HostImage(layout, lambda: segments)
+
+
+class Hints:
+    """Lives as ``latest`` and ``has`` found them: where a load begins, beside its own look. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lives: OrderedDict[str, RemoteLife] = OrderedDict()
+
+    def note(self, request_id: str, life: RemoteLife | None) -> None:
+        """What was found."""
+        with self._lock:
+            self._lives.pop(request_id, None)
+            if life is not None:
+                self._lives[request_id] = life
+            if len(self._lives) > _MOST_HINTS:
+                self._lives.popitem(last=False)
+
+    def of(self, key: SnapshotKey) -> Entry | None:
+        """What is likely to be found. Of an object in several parts nothing: the look would wait for a thread."""
+        with self._lock:
+            life = self._lives.get(key.request_id)
+        entry = None if life is None else life.boundaries.get(key.token_count)
+        return entry if entry is not None and entry.nbytes < 2 * PART_BYTES else None
 
 
 @dataclass(slots=True)
-class RangedFetch:
+class RemoteFetch:
     """One load. See ``_door.Fetch``."""
 
     key: SnapshotKey
@@ -62,28 +84,27 @@ class RangedFetch:
     state: State
     timeout_s: float
     figures: Figures
+    hint: Entry | None
     life: str = ""
-    _parts: Parts | None = field(default=None)
+    _fetched: Fetched | None = field(default=None)
 
     def read(self, memory: Callable[[Header], memoryview], *, verify: bool) -> tuple[Header, str]:
         """See ``_door.Fetch.read``."""
         for last in (False, True):  # what is gone since the look, or came altered, is looked for again
-            found = self.look()
-            entry = found.boundaries.get(self.key.token_count) if found else None
-            if found is None or entry is None:
-                raise SnapshotNotFoundError(
-                    f"no snapshot of {self.key}: neither here nor in the remote store, or cleaned up",
-                    key=self.key,
-                )
+            arriving = self._begin()
             try:
-                parts = self._read(entry, memory, verify=verify)
+                fetched = self._read(arriving, memory, verify=verify)
             except (FileNotFoundError, SnapshotCorruptError) as error:
+                arriving.give_up()
                 if last:
-                    raise self._corrupt(entry, error) from error
+                    raise self._corrupt(arriving.entry, error) from error
                 continue
-            self.life, self._parts = found.name, parts
-            self.figures.note_fetched(entry.nbytes)
-            return parts.header, parts.facts.metadata_json
+            except BaseException:
+                arriving.give_up()
+                raise
+            self._fetched = fetched
+            self.figures.note_fetched(arriving.entry.nbytes)
+            return fetched.header, fetched.facts.metadata_json
         raise AssertionError("the last try returns or raises")
 
     def keep(self, life: Life) -> None:
@@ -91,52 +112,41 @@ class RangedFetch:
         work = functools.partial(self._keep, life)
         self.pool.put(Task(Kind.LOCAL, work, lambda _: self.state.end_fetch(life)))
 
-    def _read(self, entry: Entry, memory: Callable[[Header], memoryview], *, verify: bool) -> Parts:
-        starts = [0, *range(min(FIRST_BYTES, PART_BYTES), entry.nbytes, PART_BYTES)]
-        bounds = list(zip(starts, [*starts[1:], entry.nbytes], strict=True))
-        wanted = [
-            ask(self.pool, functools.partial(self._part, entry.name, *each), each[1] - each[0])
-            for each in bounds
-        ]
-        chunks: list[memoryview] = []
+    def _begin(self) -> Arriving:
+        """Have that brought which the manifest names; the hint from the start, beside the look that must agree."""
+        hint, self.hint = self.hint, None
+        begun = None if hint is None else self._bring(hint)
         try:
-            header = self._header(wanted, chunks, entry)
-            facts = check_identity(header, self.key, entry.generation)
-            target = memory(header)
-            pages = target[::_HUGE_PAGE_BYTES]
-            pages[:] = bytes(len(pages))  # faults them in while others travel
-            for start, chunk in _offsets(self._arriving(wanted, chunks)):
-                _place(chunk, start - header.data_offset, target)
+            entry = self._look_up()
         except BaseException:
-            for each in wanted:
-                each.cancel()
+            if begun is not None:
+                begun.give_up()
             raise
-        if verify:
-            verify_checksums(header, segments_of(header.layout, target))
-        return Parts(tuple(chunks), header, facts)
+        if begun is not None and begun.entry == entry:
+            return begun
+        if begun is not None:
+            begun.give_up()
+        return self._bring(entry)
 
-    def _part(self, name: str, start: int, stop: int) -> memoryview:
-        part = self.objects.get_range(name, start, stop) if stop > start else memoryview(b"")
-        if len(part) != stop - start:
-            raise SnapshotCorruptError(f"it ends after {start + len(part)} bytes")
-        return part
+    def _bring(self, entry: Entry) -> Arriving:
+        return Arriving(self.objects, self.pool, entry, self.timeout_s)
 
-    def _header(self, wanted: list[Future[memoryview]], chunks: list[memoryview], entry: Entry) -> Header:
-        """From as many parts as it takes, which is one unless there are very many tensors."""
-        arriving = self._arriving(wanted, chunks)
-        first = next(arriving)
-        size = header_size(first[:_PREFIX_BYTES], entry.nbytes)
-        raw = bytes(first[:size])
-        while len(raw) < size:
-            raw += next(arriving)
-        return decode_header(raw[:size], entry.nbytes)
+    def _look_up(self) -> Entry:
+        found = self.look()
+        entry = found.boundaries.get(self.key.token_count) if found else None
+        if found is None or entry is None:
+            raise SnapshotNotFoundError(
+                f"no snapshot of {self.key}: neither here nor in the remote store, or cleaned up",
+                key=self.key,
+            )
+        self.life = found.name
+        return entry
 
-    def _arriving(self, wanted: list[Future[memoryview]], chunks: list[memoryview]) -> Iterator[memoryview]:
-        """Every chunk from the first on, also those that have come already."""
-        for index, future in enumerate(wanted):
-            if index == len(chunks):
-                chunks.append(answer(future, self.timeout_s))
-            yield chunks[index]
+    def _read(self, arriving: Arriving, memory: Callable[[Header], memoryview], *, verify: bool) -> Fetched:
+        header = header_from(arriving.fill, arriving.entry.nbytes)
+        facts = check_identity(header, self.key, arriving.entry.generation)
+        data_from(arriving.fill, header, CHUNK_BYTES, verify=verify, memory=memory)
+        return Fetched(arriving, header, facts)
 
     def _corrupt(self, entry: Entry, error: Exception) -> SnapshotCorruptError:
         return SnapshotCorruptError(
@@ -147,63 +157,18 @@ class RangedFetch:
         )
 
     def _keep(self, life: Life) -> None:
-        parts, self._parts = self._parts, None
-        assert parts is not None
-        layout = parts.header.layout
-        content = Content(parts.facts.framework, parts.facts.metadata_json)  # type: ignore[arg-type]
-        job = self.state.keep(life, self.key, layout.nbytes, content)
+        fetched, self._fetched = self._fetched, None
+        assert fetched is not None
+        content = Content(fetched.facts.framework, fetched.facts.metadata_json)  # type: ignore[arg-type]
         try:
+            job = self.state.keep(life, self.key, fetched.header.layout.nbytes, content)
             if job is None:
                 return
             try:
-                buffer = allocate(layout.nbytes)
-                parts.copy_data(buffer)
+                image = fetched.image()
             except BaseException as error:  # noqa: BLE001 - nobody waits for it: the save that it was has failed
                 self.state.abandon(job, error)
                 return
-            self.state.admit(job, HostImage(layout, functools.partial(segments_of, layout, buffer)))
+            self.state.admit(job, image)
         finally:
             self.state.end_fetch(life)
-
-
-def ask(pool: Pool, work: Callable[[], _R], nbytes: int = 0) -> Future[_R]:
-    """Have a transfer thread find out."""
-    future: Future[_R] = Future()
-
-    def run() -> None:
-        if future.set_running_or_notify_cancel():
-            future.set_result(work())
-
-    def failed(error: BaseException) -> None:
-        with suppress(InvalidStateError):  # nobody waits any more
-            future.set_exception(error)
-
-    pool.put(Task(Kind.ASK, run, failed, nbytes))
-    return future
-
-
-def answer(future: Future[_R], timeout_s: float) -> _R:
-    """Wait for it. ``RemoteUnavailableError``, or what the work raised."""
-    try:
-        return future.result(timeout_s)
-    except (TimeoutError, FutureTimeoutError):
-        future.cancel()
-        raise RemoteUnavailableError(
-            f"the remote store did not answer within {timeout_s} s; try again later"
-        ) from None
-
-
-def _offsets(chunks: Iterator[memoryview]) -> Iterator[tuple[int, memoryview]]:
-    start = 0
-    for chunk in chunks:
-        yield start, chunk
-        start += len(chunk)
-
-
-def _place(chunk: memoryview, offset: int, target: memoryview) -> None:
-    """Copy what of a chunk belongs to the target, where it would begin at ``offset``, which may be before it."""
-    skipped = max(0, -offset)
-    begin = max(0, offset)
-    piece = chunk[skipped : skipped + max(0, len(target) - begin)]
-    if len(piece):
-        copy_bytes(piece, target[begin : begin + len(piece)])

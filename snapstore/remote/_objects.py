@@ -5,7 +5,6 @@ Whatever fails is ``RemoteFailure``; what is not there is ``FileNotFoundError``,
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import threading
@@ -19,6 +18,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PreconditionError
 from obstore.store import MemoryStore, from_url
 
+from snapstore._committed import CommittedFile
 from snapstore._errors import RootError, SnapshotCorruptError
 from snapstore.remote import _names
 from snapstore.remote._manifest import Manifest, decode, encode
@@ -41,6 +41,10 @@ _memories_lock = threading.Lock()
 
 class RemoteFailure(OSError):
     """The remote store did not do what it was asked."""
+
+
+class UnreadableError(Exception):
+    """A local file that was to go there can not be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,14 +215,18 @@ class ObjectStore:
 
     # -- objects ------------------------------------------------------------------------------------------------
 
-    def put(self, name: str, file: io.RawIOBase, nbytes: int) -> None:
-        """An immutable object: put if absent; from 16 MiB in parts, where only its name keeps it from being lost."""
+    def put(self, name: str, file: CommittedFile) -> None:
+        """An immutable object: put if absent; from 16 MiB in parts, where only its name keeps it from being lost.
+
+        ``UnreadableError``: of the file, so that it says nothing of the remote store.
+        """
         with _failing():
-            if nbytes >= MULTIPART_BYTES or not self._creates:
-                obstore.put(self.client, name, file, chunk_size=_PART_BYTES)
+            if file.nbytes >= MULTIPART_BYTES:
+                obstore.put(self.client, name, _pieces(file, _PART_BYTES), chunk_size=_PART_BYTES)
                 return
+            content = next(_pieces(file, MULTIPART_BYTES))
             try:
-                obstore.put(self.client, name, file, mode="create")
+                obstore.put(self.client, name, content, mode="create" if self._creates else "overwrite")
             except AlreadyExistsError:
                 return  # an earlier try of ours, whose answer was lost: nobody else knows the name
 
@@ -267,6 +275,23 @@ class ObjectStore:
     def _get(self, name: str) -> bytes:
         with _failing():
             return bytes(obstore.get(self.client, name).bytes())
+
+
+def _pieces(file: CommittedFile, nbytes: int) -> Iterator[memoryview]:
+    """The file from its beginning, each piece read once, into memory of its own that goes out as it is."""
+    file.seek(0)
+    while (left := file.nbytes - file.tell()) > 0:
+        piece = memoryview(bytearray(min(nbytes, left)))
+        done = 0
+        while done < len(piece):
+            try:
+                count = file.readinto(piece[done:])
+            except OSError as error:
+                raise UnreadableError(f"{file.info.path} can not be read: {error}") from error
+            if count == 0:
+                raise UnreadableError(f"{file.info.path} ends {left - done} bytes too early")
+            done += count
+        yield piece
 
 
 @contextmanager

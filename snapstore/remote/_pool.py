@@ -63,7 +63,8 @@ class Pool:
         told: Callable[[BaseException | None], None],
     ) -> None:
         self._lock = threading.Lock()
-        self._change = threading.Condition(self._lock)
+        self._idle: list[threading.Condition] = []
+        self._settled = threading.Condition(self._lock)
         self._waiting: dict[Kind, deque[Task]] = {kind: deque() for kind in Kind}
         self._running: dict[Task, None] = {}
         self._breaker = Breaker()
@@ -89,7 +90,7 @@ class Pool:
             refused = self._closing or (task.kind is Kind.ASK and self._opened and not self._breaker.closed)
             if not refused:
                 self._waiting[task.kind].append(task)
-                self._change.notify_all()  # who waits for idleness waits for the same
+                self._wake_one_locked()
             error = self._unavailable_locked()
         if refused:
             task.failed(error)
@@ -102,7 +103,7 @@ class Pool:
     def await_idle(self, deadline_s: float) -> bool:
         """Wait until nothing lasting is left, or the remote store does not answer."""
         with self._lock:
-            self._change.wait_for(
+            self._settled.wait_for(
                 lambda: not self._lasting_locked() or (self._opened and not self._breaker.closed),
                 max(0.0, deadline_s - time.monotonic()),
             )
@@ -114,7 +115,7 @@ class Pool:
             self._closing = True
             dropped = [task for kind in Kind for task in self._take_back_locked(kind, lambda _: True)]
             error = self._unavailable_locked()
-            self._change.notify_all()
+            self._wake_all_locked()
         for task in dropped:
             task.failed(error)
 
@@ -148,12 +149,13 @@ class Pool:
     # -- the threads --------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        while self._serve_one():
+        woken = threading.Condition(self._lock)
+        while self._serve_one(woken):
             pass
 
-    def _serve_one(self) -> bool:
+    def _serve_one(self, woken: threading.Condition) -> bool:
         """A function of its own, so that an idle thread keeps nothing of the last task alive."""
-        task = self._take()
+        task = self._take(woken)
         if task is None:
             return False
         try:
@@ -167,15 +169,20 @@ class Pool:
             self._over(task, worked=task.kind is not Kind.LOCAL)
         return True
 
-    def _take(self) -> Task | None:
+    def _take(self, woken: threading.Condition) -> Task | None:
         """The next task, running from here on; ``None``: the end."""
         with self._lock:
             while not self._closing:
                 task = self._next_locked()
                 if task is not None:
                     self._running[task] = None
+                    if any(self._waiting.values()):
+                        self._wake_one_locked()
                     return task
-                self._change.wait(self._breaker.ping_due_s)
+                self._idle.append(woken)
+                woken.wait(self._breaker.ping_due_s)
+                if woken in self._idle:
+                    self._idle.remove(woken)
             return None
 
     def _next_locked(self) -> Task | None:
@@ -209,7 +216,7 @@ class Pool:
                 self._breaker.failed(error, ping=True)
                 failing = self._take_back_locked(Kind.ASK, lambda _: True)
                 unavailable = self._unavailable_locked()
-                self._change.notify_all()
+                self._wake_all_locked()
             self._told(error)
             for task in failing:
                 task.failed(unavailable)
@@ -217,7 +224,7 @@ class Pool:
             with self._lock:
                 self._opened = True
                 self._breaker.worked(ping=True)
-                self._change.notify_all()
+                self._wake_all_locked()
             self._told(None)
 
     def _over(self, task: Task, *, worked: bool = False) -> None:
@@ -225,7 +232,7 @@ class Pool:
             self._running.pop(task, None)
             if worked:
                 self._breaker.worked()
-            self._change.notify_all()
+            self._settled.notify_all()
 
     def _note_failure(self, task: Task, error: RemoteFailure) -> None:
         """What lasts is tried again, behind the others of its kind; what was asked fails."""
@@ -240,10 +247,20 @@ class Pool:
                 self._waiting[task.kind].append(task)
             else:
                 failing.append(task)
-            self._change.notify_all()
+            self._wake_all_locked()
         self._told(error)
         for each in failing:
             each.failed(unavailable)
+
+    def _wake_one_locked(self) -> None:
+        """The thread that worked last, whose memory is warm; each that finds work wakes the next."""
+        if self._idle:
+            self._idle.pop().notify()
+
+    def _wake_all_locked(self) -> None:
+        while self._idle:
+            self._wake_one_locked()
+        self._settled.notify_all()
 
     def _take_back_locked(self, kind: Kind, wanted: Callable[[Task], bool]) -> list[Task]:
         taken = [task for task in self._waiting[kind] if wanted(task)]

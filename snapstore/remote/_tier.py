@@ -28,8 +28,9 @@ from snapstore._session import Session
 from snapstore._state import State
 from snapstore._types import RemoteHealth, RemoteStats, SnapshotKey
 from snapstore.remote import _names
+from snapstore.remote._asking import answer, ask
 from snapstore.remote._exchange import Exchange
-from snapstore.remote._fetch import RangedFetch, answer, ask
+from snapstore.remote._fetch import Hints, RemoteFetch
 from snapstore.remote._journal import Journal, Recorded
 from snapstore.remote._lives import Batch, Binding, Ending, Note, Upload, upload_of
 from snapstore.remote._manifest import EndLives, RemoteLife, visible
@@ -50,6 +51,7 @@ class RemoteTier:
         self._timeout_s = own.timeout_s
         self._state = state
         self._files = files
+        self._hints = Hints()
         self._session = Path(session.path).name
         self._node = own.node or platform.node()
         self._objects = ObjectStore(options.remote, given, own.timeout_s)
@@ -91,14 +93,18 @@ class RemoteTier:
 
     # -- what is asked ------------------------------------------------------------------------------------------
 
-    def fetch(self, key: SnapshotKey) -> RangedFetch:
+    def fetch(self, key: SnapshotKey) -> RemoteFetch:
         """See ``_door.Tier``."""
         look = functools.partial(self._look, key.request_id)
-        return RangedFetch(key, look, self._objects, self._pool, self._state, self._timeout_s, self._exchange)
+        return RemoteFetch(
+            key, look, self._objects, self._pool, self._state, self._timeout_s, self._exchange,
+            self._hints.of(key),
+        )  # fmt: skip
 
     def boundaries(self, request_id: str) -> tuple[int, ...]:
         """See ``_door.Tier``."""
         life = self._look(request_id)
+        self._hints.note(request_id, life)
         return tuple(sorted(life.boundaries)) if life is not None else ()
 
     def _look(self, request_id: str) -> RemoteLife | None:
