@@ -59,10 +59,15 @@ TARGETS = (
     Target(
         "cleanup",
         ("_cleanup",),
-        ("cleanup_races", "sessions", "shutdown", "space", "endings", "faults", "logging", "aio", "aio_loop"),
+        (
+            *("cleanup_races", "sessions", "shutdown", "space", "endings", "faults", "logging", "aio"),
+            *("aio_loop", "comings_and_goings"),
+        ),
     ),
     Target(
-        "session", ("_session",), ("sessions", "owner", "crash", "store", "powerloss", "space", "endings")
+        "session",
+        ("_session",),
+        ("sessions", "owner", "crash", "store", "powerloss", "space", "endings", "comings_and_goings"),
     ),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -138,6 +139,13 @@ def test_a_cleanup_after_the_commit_removes_the_file_and_says_how_much(store: Sn
     report = store.cleanup_request("done")
     assert (report.clean, report.cancelled, report.removed, report.removed_bytes) == (True, 0, 1, info.nbytes)
     assert not info.path.exists() and not info.path.parent.exists()
+
+
+def test_a_cleanup_of_files_that_somebody_else_removed_is_clean(store: SnapshotStore) -> None:
+    info = store.save("done", 64, tensors(1)).result(10)
+    shutil.rmtree(info.path.parent)
+    assert store.cleanup_request("done", timeout_s=10).clean
+    assert store.stats().trash_bytes == 0
 
 
 def test_new_saves_of_an_id_are_readable_after_both_cleanups_timed_out(
