@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -708,10 +709,16 @@ def test_what_was_adopted_and_could_not_be_synced_leaves_the_session_that_it_cam
 # -- roots --------------------------------------------------------------------------------------------------------
 
 
+def refused(root: Path, why: str) -> str:
+    """The whole of what is said of a root that can not be one."""
+    return "^" + re.escape(f"{root} can not be a snapstore root: {why}")
+
+
 def test_a_root_that_is_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there")
-    with pytest.raises(RootError, match="symbolic link") as caught:
+    why = "it is a symbolic link; name the directory itself"
+    with pytest.raises(RootError, match=refused(tmp_path / "link", why)) as caught:
         SnapshotStore(tmp_path / "link")
     assert caught.value.errno == errno.ELOOP and str(caught.value.path) == str(tmp_path / "link")
     assert list((tmp_path / "there").iterdir()) == []
@@ -725,9 +732,12 @@ def test_a_root_that_is_a_dangling_link_is_refused(tmp_path: Path) -> None:
 
 def test_a_root_that_is_no_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(RootError, match=r"[nN]ot a directory") as caught:
-            SnapshotStore(path)
+    for name, why in (
+        ("file", "it is not a directory"),
+        ("file/below", "no session can be made in it: Not a"),
+    ):
+        with pytest.raises(RootError, match=refused(tmp_path / name, why)) as caught:
+            SnapshotStore(tmp_path / name)
         assert caught.value.errno == errno.ENOTDIR
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -735,18 +745,28 @@ def test_a_root_that_is_no_directory_is_refused(tmp_path: Path) -> None:
 def test_a_directory_with_somebody_elses_files_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     before = tmp_path.stat().st_mode
-    with pytest.raises(RootError, match="marker") as caught:
+    why = "it has no .snapstore marker, so it is not ours; name an empty directory"
+    with pytest.raises(RootError, match=refused(tmp_path, why)) as caught:
         SnapshotStore(tmp_path)
     assert caught.value.errno == errno.EEXIST
     assert [path.name for path in tmp_path.iterdir()] == ["precious"] and tmp_path.stat().st_mode == before
 
 
-@pytest.mark.parametrize("marker", ['{"format": 2}', "{", "[]", ""])
-def test_a_root_of_another_format_is_refused(root: Path, marker: str) -> None:
+@pytest.mark.parametrize(
+    ("marker", "why"),
+    [
+        ('{"format": 2}', "its marker says {'format': 2}, this snapstore knows format 1; upgrade"),
+        ("[]", "its marker says [], this snapstore knows format 1; upgrade"),
+        ("{", "its marker can not be read: Expecting"),
+        ("", "its marker can not be read: Expecting"),
+    ],
+)
+def test_a_root_of_another_format_is_refused(root: Path, marker: str, why: str) -> None:
     root.mkdir()
     (root / ".snapstore").write_text(marker)
-    with pytest.raises(RootError, match="marker"):
+    with pytest.raises(RootError, match=refused(root, why)) as caught:
         SnapshotStore(root)
+    assert caught.value.errno == errno.EINVAL
 
 
 def test_a_marker_that_can_not_be_read_just_now_is_refused_with_the_cause(
@@ -754,7 +774,8 @@ def test_a_marker_that_can_not_be_read_just_now_is_refused_with_the_cause(
 ) -> None:
     end(SnapshotStore(root))
     files.fail("read_into", errno.EIO, ".snapstore")
-    with pytest.raises(RootError, match="Input/output error") as caught:
+    why = "its marker can not be read: [Errno 5] Input/output error"
+    with pytest.raises(RootError, match=refused(root, why)) as caught:
         SnapshotStore(root, file_system=files)
     assert caught.value.errno == errno.EIO
 
@@ -783,7 +804,8 @@ def test_a_root_that_fails_in_the_middle_of_opening_leaves_nothing_behind(
 ) -> None:
     end(SnapshotStore(root))
     files.fail("make_directory", errno.ENOSPC, ".trash")
-    with pytest.raises(RootError, match="No space left") as caught:
+    why = "no session can be made in it: No space left on device"
+    with pytest.raises(RootError, match=refused(root, why)) as caught:
         SnapshotStore(root, file_system=files)
     assert caught.value.errno == errno.ENOSPC
     assert sessions_in(root) == []
