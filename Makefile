@@ -111,9 +111,9 @@ bench: $(bench_ready) ## The benchmarks, into bench/results and the README; ARGS
 bench-quick: $(bench_ready) ## The benchmarks, each as short as it still means something
 	@$(bin)/python -m bench --quick $(ARGS)
 
-bench-peers: $(peers_ready) ## Saves, drains and loads beside SGLang's and LMCache's own disk backends; 10 minutes; fetches them once (200 MB)
+bench-peers: $(peers_ready) ## Saves, drains and loads beside SGLang's and LMCache's own disk backends; 15 minutes; fetches them once (200 MB)
 	@$(peers)/bin/python -m pytest tests/test_bench_peers.py
-	@SNAPSTORE_BENCH_CASE_S=30 $(peers)/bin/python -m bench save drain load --json bench/results/engines.json
+	@SNAPSTORE_BENCH_CASE_S=90 $(peers)/bin/python -m bench save drain load --json bench/results/engines.json
 	@$(peers)/bin/python -m bench report
 
 clean: ## Remove the environment and all that the targets made
