@@ -166,7 +166,8 @@ def page(environment: Mapping[str, str], figures: Sequence[Figure]) -> str:
     """Markdown: the machine, each goal beside what was measured, then every case."""
     found = {(each.workload, each.case, each.contender): each for each in figures}
     lines = ["# Results", "", *(f"- {name}: {value}" for name, value in environment.items()), ""]
-    lines += ["## Goals", "", *_table(_measured(found), found), ""]
+    if goals := _measured(found):
+        lines += ["## Goals", "", *_table(goals, found), ""]
     for workload, case, rows in cases(figures):
         lines += [
             f"## {workload}: {case}",
