@@ -61,7 +61,7 @@ TARGETS = (
         ("_cleanup",),
         (
             *("cleanup_races", "sessions", "shutdown", "space", "endings", "faults", "logging", "aio"),
-            *("aio_loop", "comings_and_goings"),
+            "comings_and_goings",
         ),
     ),
     Target(

@@ -205,6 +205,7 @@ def test_cleanups_of_one_id_may_overlap_and_the_mark_is_counted_once(
 def test_a_cleanup_of_an_id_with_nothing_leaves_no_mark(store: SnapshotStore) -> None:
     report = store.cleanup_request("nobody")
     assert report.clean and (report.cancelled, report.removed, report.removed_bytes) == (0, 0, 0)
+    assert report.left_to_writer == 0
     assert store.stats().cancelled_in_hand == 0
     store.save("nobody", 1, tensors(1)).result(10)
     assert_same(store.load("nobody", 1), tensors(1))

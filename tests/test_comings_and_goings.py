@@ -125,6 +125,16 @@ def test_a_session_that_is_away_is_not_said_to_be_removed(root: Path, place: Pat
         assert store.session.exists()
 
 
+def test_an_empty_session_that_is_moved_away_while_it_is_removed_is_not_said_to_be_removed(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    store = SnapshotStore(root, file_system=files)
+    files.call("rename", lambda: store.session.rename(root.parent / "moved"), ".dead-")
+    report = store.shutdown()
+    assert not report.session_removed and len(report.errors) == 1
+    assert (root.parent / "moved").exists()
+
+
 # -- a session that is made again ---------------------------------------------------------------------------------
 
 

@@ -416,6 +416,20 @@ def test_what_was_forgotten_while_the_sweeper_hung_is_not_found_by_the_next_stor
     assert_adoptable(root, {("first", 1): gone, ("first", 2): gone, ("forgotten", 1): gone, ("kept", 1): {1}})
 
 
+def test_the_lock_of_a_session_is_the_last_of_it_that_is_removed(root: Path, files: FaultyFileSystem) -> None:
+    """Or nobody could prove dead what a kill leaves of it."""
+    store = SnapshotStore(root, file_system=files)
+    (store.session / "zebra").touch()  # behind the lock in an ordered listing
+    beside_the_lock: list[list[str]] = []
+
+    def look() -> None:
+        beside_the_lock.extend(sorted(path.name for path in dead.iterdir()) for dead in root.glob(".dead-*"))
+
+    files.call("unlink", look, "owner.lock")
+    assert store.shutdown(cleanup=True).clean
+    assert beside_the_lock == [["owner.lock"]]
+
+
 def test_a_removal_of_the_session_that_fails_is_in_the_report(root: Path, files: FaultyFileSystem) -> None:
     for operation, path, times in (("rename", ".dead-", 1), ("unlink", ".dead-", 2)):
         store = SnapshotStore(root, StoreOptions(leftovers="keep"), file_system=files)
