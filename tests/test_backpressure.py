@@ -36,7 +36,7 @@ def test_a_full_queue_rejects_at_once_and_leaves_no_trace(root: Path, files: Fau
         started_s = time.monotonic()
         with pytest.raises(StoreFullError, match="no room") as caught:
             store.save("third", 1, tensors(3))
-        assert time.monotonic() - started_s < 0.1
+        assert time.monotonic() - started_s < 1.0, "it would wait 2 s"
         assert caught.value.key is not None and caught.value.pending_jobs == 2
         after = store.stats()
         assert (after.rejected, after.accepted) == (before.rejected + 1, before.accepted)
@@ -57,8 +57,7 @@ def test_a_full_queue_waits_no_longer_than_its_bound_when_the_writer_is_stuck_fo
         with pytest.raises(StoreFullError) as caught:
             store.save("second", 1, tensors(2))
         waited_s = time.monotonic() - started_s
-        assert 0.3 <= waited_s < 0.5
-        assert caught.value.waited_s == pytest.approx(0.3, abs=0.1)
+        assert 0.3 <= caught.value.waited_s <= waited_s < 1.5
     assert store.shutdown(cleanup=True).clean
 
 

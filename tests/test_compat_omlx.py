@@ -718,9 +718,9 @@ def test_04_an_abort_waits_for_no_other_request_and_a_reset_costs_one_wait(
         gate.wait_reached()
         for number in range(8):
             assert save(store, f"request-{number}", 1, layers(number))
-        with deadline(0.5):
+        with deadline(1.5):
             assert store.cleanup_request("request-3", timeout_s=10)
-        with deadline(0.8):
+        with deadline(2.0):
             assert not store.cleanup_all(timeout_s=0.3)
 
 

@@ -61,7 +61,7 @@ def test_a_hung_disk_never_holds_up_the_scheduler(make: Make, files: FaultyFileS
     with files.pause("write", ".tmp") as gate:
         tier.submit_store(job(1, keys(1, 1), [1]))
         gate.wait_reached()
-        with deadline(0.5):
+        with deadline(3):
             for number in range(2, 300):
                 tier.submit_store(job(number, keys(1, number), [number]))
                 assert tier.lookup(keys(1)[0], REQUEST).name == "HIT"

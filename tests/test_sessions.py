@@ -291,6 +291,7 @@ def test_one_start_reclaims_for_a_bounded_time(
     assert 0 < files.count("unlink", ".dead-") < 40
     assert any(path.name.startswith(".dead-") for path in sessions_in(root))
     end(store)
+    monkeypatch.undo()
     store = SnapshotStore(root)
     wait_until(lambda: sessions_in(root) == [store.session])
     end(store)
