@@ -131,7 +131,7 @@ class SeaweedFS(Server):
             f"-master.port={master}",
             f"-volume.port={volume}", "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={self.port}",
             f"-s3.config={self.folder / 's3.json'}", "-master.volumeSizeLimitMB=512", "-volume.max=20",
-            "-master.telemetry=false",
+            "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
         ]  # fmt: skip
 
 

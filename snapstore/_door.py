@@ -10,6 +10,7 @@ from typing import Protocol
 
 from snapstore._files import FileSystem
 from snapstore._format import Header
+from snapstore._memory import BufferPool
 from snapstore._observer import Observer
 from snapstore._options import StoreOptions
 from snapstore._records import Commit, Life
@@ -66,10 +67,12 @@ class Tier(Observer, Protocol):
         """Publish and end what is left, within this time, and stop; the keys that are not published."""
 
 
-def open_tier(options: StoreOptions, state: State, session: Session, files: FileSystem) -> Tier | None:
+def open_tier(
+    options: StoreOptions, state: State, session: Session, files: FileSystem, buffers: BufferPool
+) -> Tier | None:
     """The tier that the options ask for. Blocks for no network: what the remote store is like is found out later."""
     if options.remote is None:
         return None
     from snapstore.remote import RemoteTier
 
-    return RemoteTier(options, state, session, files)
+    return RemoteTier(options, state, session, files, buffers)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from snapstore._committed import CommittedFile
 from snapstore._errors import RemoteUnavailableError, SnapshotCorruptError
 from snapstore._files import FileSystem
+from snapstore._memory import BufferPool
 from snapstore._types import RemoteStats, SnapshotKey
 from snapstore.remote._lives import Binding, Ending, Upload
 from snapstore.remote._manifest import Entry, Event, Manifest, Publish, Refused, decide
@@ -39,10 +40,11 @@ _log = logging.getLogger("snapstore.remote")
 class Exchange:
     """One store's dealings with the remote store. ``begin_*`` never block; the rest is for transfer threads."""
 
-    def __init__(self, objects: ObjectStore, pool: Pool, files: FileSystem) -> None:
+    def __init__(self, objects: ObjectStore, pool: Pool, files: FileSystem, buffers: BufferPool) -> None:
         self._objects = objects
         self._pool = pool
         self._files = files
+        self._buffers = buffers
         self._lock = threading.Lock()
         self._alone = threading.Lock()
         self._stats = RemoteStats()
@@ -90,7 +92,7 @@ class Exchange:
             upload.tag, upload.file_bytes = file.tag, file.nbytes
             if upload.put_s is not None:
                 upload.rename()
-            self._objects.put(upload.name, file)
+            self._objects.put(upload.name, file, self._buffers.lend)
         finally:
             if upload.file is None:
                 file.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -215,16 +215,16 @@ class ObjectStore:
 
     # -- objects ------------------------------------------------------------------------------------------------
 
-    def put(self, name: str, file: CommittedFile) -> None:
+    def put(self, name: str, file: CommittedFile, memory: Callable[[int], memoryview]) -> None:
         """An immutable object: put if absent; from 16 MiB in parts, where only its name keeps it from being lost.
 
-        ``UnreadableError``: of the file, so that it says nothing of the remote store.
+        ``memory``: to read a piece into. ``UnreadableError``: of the file, so that it says nothing of the remote store.
         """
         with _failing():
             if file.nbytes >= MULTIPART_BYTES:
-                obstore.put(self.client, name, _pieces(file, _PART_BYTES), chunk_size=_PART_BYTES)
+                obstore.put(self.client, name, _pieces(file, _PART_BYTES, memory), chunk_size=_PART_BYTES)
                 return
-            content = next(_pieces(file, MULTIPART_BYTES))
+            content = next(_pieces(file, MULTIPART_BYTES, memory))
             try:
                 obstore.put(self.client, name, content, mode="create" if self._creates else "overwrite")
             except AlreadyExistsError:
@@ -277,11 +277,11 @@ class ObjectStore:
             return bytes(obstore.get(self.client, name).bytes())
 
 
-def _pieces(file: CommittedFile, nbytes: int) -> Iterator[memoryview]:
+def _pieces(file: CommittedFile, nbytes: int, memory: Callable[[int], memoryview]) -> Iterator[memoryview]:
     """The file from its beginning, each piece read once, into memory of its own that goes out as it is."""
     file.seek(0)
     while (left := file.nbytes - file.tell()) > 0:
-        piece = memoryview(bytearray(min(nbytes, left)))
+        piece = memory(min(nbytes, left))
         done = 0
         while done < len(piece):
             try:

@@ -22,6 +22,7 @@ from snapstore._committed import CommittedFile
 from snapstore._errors import RemoteUnavailableError, SnapshotNotFoundError, StoreClosedError
 from snapstore._events import Repeats
 from snapstore._files import FileSystem
+from snapstore._memory import BufferPool
 from snapstore._options import StoreOptions
 from snapstore._records import Commit, End, Job
 from snapstore._session import Session
@@ -44,7 +45,9 @@ _log = logging.getLogger("snapstore.remote")
 class RemoteTier:
     """See ``_door.Tier`` and ``_observer.Observer``."""
 
-    def __init__(self, options: StoreOptions, state: State, session: Session, files: FileSystem) -> None:
+    def __init__(
+        self, options: StoreOptions, state: State, session: Session, files: FileSystem, buffers: BufferPool
+    ) -> None:
         assert options.remote is not None
         own, given = split_options(options.remote_options)
         self._policy = options.remote_policy
@@ -59,7 +62,7 @@ class RemoteTier:
         self._failures = Repeats(_log, "remote_failed", time.monotonic)
         self._telling = threading.Lock()
         self._pool = Pool(own.transfers, own.max_in_flight_bytes, self._ping, self._told)
-        self._exchange = Exchange(self._objects, self._pool, files)
+        self._exchange = Exchange(self._objects, self._pool, files, buffers)
         self._probed = False
         self._closed = False
         self._inbox: queue.SimpleQueue[Note | None] = queue.SimpleQueue()
