@@ -74,7 +74,7 @@ def test_a_main_thread_in_c_keeps_nobody_waiting(processes: Processes, root: Pat
     started_s = time.monotonic()
     child.signal(signal.SIGTERM)
     wait_until(lambda: sessions_in(root) == [])
-    assert time.monotonic() - started_s < 0.5
+    assert time.monotonic() - started_s < 2.0
     with pytest.raises(TimeoutError):
         child.says(timeout_s=0.2)
     child.kill()
@@ -255,7 +255,7 @@ def test_every_store_has_its_chance_though_others_are_stuck_or_broken(
         raise_sigterm(came)
         assert time.monotonic() - started_s < 1.5
         assert [ticket.state for ticket in tickets] == [SaveState.COMMITTED] * 3
-        assert not broken.session.exists()
+        wait_until(lambda: not broken.session.exists())  # its writer is told to end at the end of its time
         assert "ZeroDivisionError" in caplog.text and "stuck" in caplog.text
     pinned.exception(10)
     engine_of(stuck).join_briefly(10)
