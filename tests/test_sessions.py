@@ -800,11 +800,12 @@ def test_a_root_on_a_read_only_disk_is_refused(tmp_path: Path) -> None:
         subprocess.run(["umount", str(root.parent)], check=True)
 
 
+@pytest.mark.parametrize(("operation", "path"), [("make_directory", ".trash"), ("rename", ".new-")])
 def test_a_root_that_fails_in_the_middle_of_opening_leaves_nothing_behind(
-    root: Path, files: FaultyFileSystem
+    root: Path, files: FaultyFileSystem, operation: str, path: str
 ) -> None:
     end(SnapshotStore(root))
-    files.fail("make_directory", errno.ENOSPC, ".trash")
+    files.fail(operation, errno.ENOSPC, path)
     why = "no session can be made in it: No space left on device"
     with pytest.raises(RootError, match=refused(root, why)) as caught:
         SnapshotStore(root, file_system=files)
@@ -989,6 +990,22 @@ def test_a_staged_marker_that_will_not_go_is_told_unless_it_is_gone(
     assert all(
         each.startswith("leftovers_stay: 1 could not be removed, the first: [Errno 5]") for each in told
     )
+    end(store)
+
+
+def test_a_root_that_can_not_be_listed_for_leftovers_is_told(
+    root: Path, files: FaultyFileSystem, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> None:
+        if threading.current_thread().name == "snapstore-sweeper":
+            raise OSError(errno.EIO, "no listing")
+
+    files.call("names", refuse, str(root), times=math.inf)
+    store = SnapshotStore(root, file_system=files)
+    let_sweeper_finish(store)
+    files.heal()
+    [told] = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert told == "leftovers_stay: 1 could not be removed, the first: [Errno 5] no listing"
     end(store)
 
 
