@@ -54,9 +54,7 @@ class Budget:
 class Session:
     """One session directory, with its owner lock held."""
 
-    def __init__(
-        self, files: FileSystem, root: str, path: str, lock: OwnerLock, *, durable: bool = False
-    ) -> None:
+    def __init__(self, files: FileSystem, root: str, path: str, lock: OwnerLock, *, durable: bool) -> None:
         self._files = files
         self._locks = [lock]
         self._swapped = False
@@ -68,7 +66,7 @@ class Session:
         self._hold(self.path, self.temporary, self.trash)
 
     @classmethod
-    def open(cls, files: FileSystem, root: str, *, durable: bool = False) -> Session:
+    def open(cls, files: FileSystem, root: str, *, durable: bool) -> Session:
         """Make the root if it is missing, and a new session in it. Blocks for the disk; ``RootError`` if it can not be.
 
         ``durable``: the session outlives a power cut from here on.

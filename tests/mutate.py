@@ -67,7 +67,17 @@ TARGETS = (
     Target(
         "session",
         ("_session",),
-        ("sessions", "owner", "crash", "store", "powerloss", "space", "endings", "comings_and_goings"),
+        (
+            "sessions",
+            "owner",
+            "crash",
+            "store",
+            "powerloss",
+            "space",
+            "endings",
+            "comings_and_goings",
+            "time",
+        ),
     ),
 )
 
