@@ -178,15 +178,14 @@ MORE_BUGS = [
         [
             Edit(
                 "_writer.py",
-                "        if not self._full:\n            self._files.rename(temporary, final)\n",
-                "        if not self._full:\n            self._discard(final)\n"
-                "            self._files.rename(temporary, final)\n",
+                "        if not self._full:\n            rename_surely(",
+                "        if not self._full:\n            self._discard(final)\n            rename_surely(",
             )
         ],
     ),
     Bug(
         "no bell rings at the end of a save",
-        [Edit(STATE, "            outcomes.callback(self._ring)\n", "")],
+        [Edit(STATE, "        self._ring()\n        if raised", "        if raised")],
     ),
     Bug(
         "memory is given back while a load reads it",

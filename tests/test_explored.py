@@ -45,6 +45,12 @@ def test_a_schedule_that_once_failed(scenario: str, schedule: str) -> None:
     replay(named(scenario), schedule)
 
 
+@pytest.mark.parametrize("bug", PLANTED, ids=str)
+def test_a_bug_can_still_be_planted(bug: Bug, tmp_path: Path) -> None:
+    """The code around it may have been written anew since; it is not to be found out by who looks for the bug."""
+    bug.plant(tmp_path)
+
+
 @pytest.mark.parametrize(
     "bug", [*BUGS, *(pytest.param(bug, marks=pytest.mark.explore) for bug in MORE_BUGS)], ids=str
 )
