@@ -16,6 +16,7 @@ from snapstore._options import StoreOptions
 from snapstore._records import Commit, Life
 from snapstore._session import Session
 from snapstore._state import State
+from snapstore._threads import Threads
 from snapstore._types import RemoteHealth, RemoteStats, SnapshotKey
 
 
@@ -68,11 +69,16 @@ class Tier(Observer, Protocol):
 
 
 def open_tier(
-    options: StoreOptions, state: State, session: Session, files: FileSystem, buffers: BufferPool
+    options: StoreOptions,
+    state: State,
+    session: Session,
+    files: FileSystem,
+    buffers: BufferPool,
+    threads: Threads,
 ) -> Tier | None:
     """The tier that the options ask for. Blocks for no network: what the remote store is like is found out later."""
     if options.remote is None:
         return None
     from snapstore.remote import RemoteTier
 
-    return RemoteTier(options, state, session, files, buffers)
+    return RemoteTier(options, state, session, files, buffers, threads)

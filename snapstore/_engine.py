@@ -60,7 +60,9 @@ class Engine:
         try:
             only = self._adopt(durable) if options.leftovers == "adopt" else None
             self._look_at_space()
-            self.remote = self.state.observer = open_tier(options, self.state, self.session, files, self.pool)
+            self.remote = self.state.observer = open_tier(
+                options, self.state, self.session, files, self.pool, threads
+            )
             self._writer = Writer(self.state, self.session, files, options)
             reclaim = options.leftovers != "keep"
             full = options.durability == "full"

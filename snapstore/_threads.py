@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -68,6 +69,14 @@ class Thread(Protocol):
     def is_alive(self) -> bool: ...
 
 
+class Queue(Protocol):
+    """As ``queue.SimpleQueue``: ``put`` waits for nobody."""
+
+    def put(self, item: Any) -> None: ...
+
+    def get(self) -> Any: ...
+
+
 def on_main_thread() -> bool:
     """Here interruptions arrive, and the interpreter's exit begins."""
     return threading.current_thread() is threading.main_thread()
@@ -90,4 +99,5 @@ class Threads:
     event: Callable[[], Event] = threading.Event
     future: Callable[[], Future[Any]] = Future
     thread: Callable[[str, Callable[[], None]], Thread] = _daemon
+    queue: Callable[[], Queue] = SimpleQueue
     this_thread: Callable[[], object] = threading.current_thread

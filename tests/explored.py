@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
+import obstore
 from calls import OUTSIDE, ROOT, Calls, content_of, tensors
 
-from snapstore import SaveState, SnapshotStore, StoreOptions
+from snapstore import (
+    RemoteUnavailableError,
+    SaveCancelledError,
+    SaveState,
+    SnapshotNotFoundError,
+    SnapshotStore,
+    StoreClosedError,
+    StoreOptions,
+)
 from snapstore.testing import World
 
+_numbers = itertools.count()
 OPTIONS = StoreOptions(stuck_after_s=1e9)
 
 Step = Callable[[Calls], object]
@@ -373,7 +386,67 @@ def two_stores_that_adopt_from_a_bad_disk(world: World) -> None:
         leave_to_the_next(world)
 
 
+def a_node_that_publishes_beside_a_cleanup_and_leaves(world: World) -> None:
+    """What was cleaned up is not visible once its end is carried out, by this node or the next; the other is."""
+    url = f"memory://explored-{next(_numbers)}"
+    here = {"node": "a", "transfers": 2}
+    options = replace(OPTIONS, remote=url, remote_policy="on_publish", remote_options=here)
+    with world.calm():
+        on = Calls(world, open_store(world, options))
+        on.save("a", 1)
+        on.save("b", 1)
+        world.settle()
+    with network(world):
+        clients = [
+            world.go("publisher", lambda: [published(on.store, each) for each in "ab"]),
+            world.go("cleaner", lambda: on.store.cleanup_request("a").clean),
+            world.go("leaver", on.store.shutdown),
+        ]
+        (_, b_published), cleaned, _ = [client.result() for client in clients]
+    with world.calm():
+        world.settle()
+        with open_store(world, options) as after:
+            world.settle()
+            assert after.stats().remote.endings == 0
+            seen = [after.has(each, 1, remote=True) for each in "ab"]
+            assert not (cleaned and seen[0]), "what was cleaned up is visible"
+            assert seen[1] or not b_published, "what was published is not visible"
+    assert world.files.open_descriptors == 0
+
+
+@contextmanager
+def network(world: World) -> Iterator[None]:
+    """Each request to an object store is a switching point."""
+    calls = {name: getattr(obstore, name) for name in ("get", "get_range", "put", "delete")}
+
+    def switching(name: str, store: Any, path: str, *args: Any, **more: Any) -> Any:
+        world.switch(name, path.partition("/")[0])
+        return calls[name](store, path, *args, **more)
+
+    for name in calls:
+        setattr(obstore, name, partial(switching, name))
+    try:
+        yield
+    finally:
+        for name, call in calls.items():
+            setattr(obstore, name, call)
+
+
+def published(store: SnapshotStore, request_id: str) -> bool:
+    try:
+        return bool(store.publish(request_id, timeout_s=30.0))
+    except (
+        SaveCancelledError,
+        SnapshotNotFoundError,
+        StoreClosedError,
+        RemoteUnavailableError,
+        TimeoutError,
+    ):
+        return False
+
+
 STORIES = [
+    a_node_that_publishes_beside_a_cleanup_and_leaves,
     a_store_that_is_dropped,
     two_stores_that_reclaim,
     two_stores_that_adopt,

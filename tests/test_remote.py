@@ -28,6 +28,7 @@ from snapstore import (
     SnapshotStore,
     StoreOptions,
 )
+from snapstore._threads import Threads
 from snapstore.aio import AsyncSnapshotStore
 from snapstore.metrics import StoreCollector
 from snapstore.remote import _arriving, _names
@@ -761,7 +762,10 @@ def _drop(held: list[SnapshotStore]) -> None:
 
 
 def test_hints_are_of_the_latest_looks_and_of_what_one_request_brings():
-    hints, life = Hints(), RemoteLife("life", 1.0, {1: Entry("small", 100, 1), 2: Entry("large", 2**30, 1)})
+    hints, life = (
+        Hints(Threads()),
+        RemoteLife("life", 1.0, {1: Entry("small", 100, 1), 2: Entry("large", 2**30, 1)}),
+    )
     for number in range(1025):
         hints.note(f"request-{number}", life)
     assert hints.of(SnapshotKey("request-0", 1)) is None
@@ -773,7 +777,7 @@ def test_hints_are_of_the_latest_looks_and_of_what_one_request_brings():
 
 def test_all_that_waited_for_one_upload_goes_when_it_is_over():
     wrong, begun, gate, together = [], threading.Event(), threading.Event(), threading.Barrier(3)
-    pool = Pool(4, 10, lambda: None, lambda error: None)
+    pool = Pool(4, 10, lambda: None, lambda error: None, Threads())
     pool.start()
     pool.put(Task(Kind.UPLOAD, lambda: begun.set() or gate.wait(5), wrong.append, 10))
     assert begun.wait(5)

@@ -16,7 +16,7 @@ _R = TypeVar("_R")
 
 def ask(pool: Pool, work: Callable[[], _R], nbytes: int = 0) -> Future[_R]:
     """Have a transfer thread find out."""
-    future: Future[_R] = Future()
+    future: Future[_R] = pool.threads.future()
 
     def run() -> None:
         if future.set_running_or_notify_cancel():

@@ -9,7 +9,6 @@ It begins half-open: nothing goes before the first ping was answered.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 FAILURES = 3
@@ -20,7 +19,7 @@ MOST_PAUSE_S = 5.0
 class Breaker:
     """Used under the pool's lock only."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._failures = 0
         self._pause_s = PAUSE_S

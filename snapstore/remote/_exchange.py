@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from snapstore._committed import CommittedFile
 from snapstore._errors import RemoteUnavailableError, SnapshotCorruptError
 from snapstore._files import FileSystem
 from snapstore._memory import BufferPool
+from snapstore._threads import Threads
 from snapstore._types import RemoteStats, SnapshotKey
 from snapstore.remote._lives import Binding, Ending, Upload
 from snapstore.remote._manifest import Entry, Event, Manifest, Publish, Refused, decide
@@ -40,13 +40,16 @@ _log = logging.getLogger("snapstore.remote")
 class Exchange:
     """One store's dealings with the remote store. ``begin_*`` never block; the rest is for transfer threads."""
 
-    def __init__(self, objects: ObjectStore, pool: Pool, files: FileSystem, buffers: BufferPool) -> None:
+    def __init__(
+        self, objects: ObjectStore, pool: Pool, files: FileSystem, buffers: BufferPool, threads: Threads
+    ) -> None:
         self._objects = objects
         self._pool = pool
         self._files = files
         self._buffers = buffers
-        self._lock = threading.Lock()
-        self._alone = threading.Lock()
+        self._threads = threads
+        self._lock = threads.lock()
+        self._alone = threads.lock()
         self._stats = RemoteStats()
         self._uploads: dict[Upload, int] = {}
         self._unreadable: Counter[str] = Counter()
@@ -79,9 +82,9 @@ class Exchange:
 
     def _put(self, upload: Upload) -> str | None:
         """Bring the object there, unless an earlier try has; why it can not be."""
-        if upload.put_s is not None and time.monotonic() - upload.put_s < UNSEEN_S:
+        if upload.put_s is not None and self._threads.monotonic_s() - upload.put_s < UNSEEN_S:
             return None
-        started_s = time.monotonic()
+        started_s = self._threads.monotonic_s()
         try:
             file = upload.file or CommittedFile(self._files, upload.commit.info)
         except FileNotFoundError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from snapstore._memory import HostImage
 from snapstore._reader import check_identity, data_from, header_from
 from snapstore._records import Content, Life
 from snapstore._state import State
+from snapstore._threads import Threads
 from snapstore._types import SnapshotKey
 from snapstore.remote._arriving import PART_BYTES, Arriving
 from snapstore.remote._manifest import Entry, RemoteLife
@@ -52,8 +52,8 @@ class Fetched:
 class Hints:
     """Lives as ``latest`` and ``has`` found them: where a load begins, beside its own look. Safe from any thread."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, threads: Threads) -> None:
+        self._lock = threads.lock()
         self._lives: OrderedDict[str, RemoteLife] = OrderedDict()
 
     def note(self, request_id: str, life: RemoteLife | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from snapstore._committed import CommittedFile
 from snapstore._errors import SaveCancelledError
 from snapstore._records import Commit
+from snapstore._threads import Lock, Threads
 from snapstore._ticket import SaveTicket
 from snapstore.remote import _names
 from snapstore.remote._journal import Recorded
@@ -34,6 +34,7 @@ class Binding:
 
     request_id: str
     life: str
+    turn: Lock
     begun: bool = False
     used: bool = False
     over: str | None = None
@@ -41,7 +42,6 @@ class Binding:
     published: dict[int, Commit] = field(default_factory=dict)
     tickets: dict[int, tuple[Commit, SaveTicket]] = field(default_factory=dict)
     queued: dict[int, Upload] = field(default_factory=dict)
-    turn: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +59,7 @@ class Upload:
     commit: Commit
     ticket: SaveTicket | None
     name: str
+    lock: Lock
     file: CommittedFile | None = None
     replaced: bool = False
     tag: str = ""
@@ -67,7 +68,6 @@ class Upload:
     unanswered: bool = False
     finished: bool = False
     waiters: list[Future[None]] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def token_count(self) -> int:
@@ -131,13 +131,16 @@ class Batch:
 
 
 def upload_of(
-    binding: Binding, commit: Commit, ticket: SaveTicket | None = None, file: CommittedFile | None = None
+    threads: Threads,
+    binding: Binding,
+    commit: Commit,
+    ticket: SaveTicket | None = None,
+    file: CommittedFile | None = None,
 ) -> Upload:
     """A new one, under a name of its own, in place of an earlier one of the boundary, whose waiters it takes along."""
     key = commit.info.key
-    upload = Upload(
-        binding, commit, ticket, _names.object_name(key.request_id, binding.life, key.token_count), file
-    )
+    name = _names.object_name(key.request_id, binding.life, key.token_count)
+    upload = Upload(binding, commit, ticket, name, threads.lock(), file)
     earlier = binding.queued.get(key.token_count)
     if earlier is not None:
         earlier.replaced = True

@@ -9,13 +9,12 @@ upload     tried again until it is done; on at most half of the threads
 from __future__ import annotations
 
 import enum
-import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from snapstore._errors import RemoteUnavailableError
+from snapstore._threads import Condition, Threads
 from snapstore.remote._breaker import Breaker
 from snapstore.remote._objects import RemoteFailure
 
@@ -61,26 +60,29 @@ class Pool:
         max_bytes: int,
         ping: Callable[[], None],
         told: Callable[[BaseException | None], None],
+        made_by: Threads,
     ) -> None:
-        self._lock = threading.Lock()
-        self._idle: list[threading.Condition] = []
-        self._settled = threading.Condition(self._lock)
+        self.threads = made_by
+        self._lock = made_by.lock()
+        self._idle: list[Condition] = []
+        self._settled = made_by.condition(self._lock)
         self._waiting: dict[Kind, deque[Task]] = {kind: deque() for kind in Kind}
         self._running: dict[Task, None] = {}
-        self._breaker = Breaker()
+        self._breaker = Breaker(made_by.monotonic_s)
         self._max_bytes = max_bytes
         self._most_uploads = max(1, threads // 2)
         self._ping = ping
+        self._started = False
         self._told = told
         self._opened = False
         self._closing = False
         self._threads = [
-            threading.Thread(target=self._serve, name=f"snapstore-remote-{index + 1}", daemon=True)
-            for index in range(threads)
+            made_by.thread(f"snapstore-remote-{index + 1}", self._serve) for index in range(threads)
         ]
 
     def start(self) -> None:
         """Start the threads; the first of them pings."""
+        self._started = True
         for thread in self._threads:
             thread.start()
 
@@ -105,7 +107,7 @@ class Pool:
         with self._lock:
             self._settled.wait_for(
                 lambda: not self._lasting_locked() or (self._opened and not self._breaker.closed),
-                max(0.0, deadline_s - time.monotonic()),
+                max(0.0, deadline_s - self.threads.monotonic_s()),
             )
             return not self._lasting_locked()
 
@@ -122,8 +124,8 @@ class Pool:
     def join(self, deadline_s: float) -> bool:
         """Wait for the threads; False if one is still in a request."""
         for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(max(0.0, deadline_s - time.monotonic()))
+            if self._started:
+                thread.join(max(0.0, deadline_s - self.threads.monotonic_s()))
         return not any(thread.is_alive() for thread in self._threads)
 
     @property
@@ -149,11 +151,11 @@ class Pool:
     # -- the threads --------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        woken = threading.Condition(self._lock)
+        woken = self.threads.condition(self._lock)
         while self._serve_one(woken):
             pass
 
-    def _serve_one(self, woken: threading.Condition) -> bool:
+    def _serve_one(self, woken: Condition) -> bool:
         """A function of its own, so that an idle thread keeps nothing of the last task alive."""
         task = self._take(woken)
         if task is None:
@@ -169,7 +171,7 @@ class Pool:
             self._over(task, worked=task.kind is not Kind.LOCAL)
         return True
 
-    def _take(self, woken: threading.Condition) -> Task | None:
+    def _take(self, woken: Condition) -> Task | None:
         """The next task, running from here on; ``None``: the end."""
         with self._lock:
             while not self._closing:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import platform
-import queue
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -27,13 +25,14 @@ from snapstore._options import StoreOptions
 from snapstore._records import Commit, End, Job
 from snapstore._session import Session
 from snapstore._state import State
+from snapstore._threads import Threads
 from snapstore._types import RemoteHealth, RemoteStats, SnapshotKey
 from snapstore.remote import _names
 from snapstore.remote._asking import answer, ask
 from snapstore.remote._exchange import Exchange
 from snapstore.remote._fetch import Hints, RemoteFetch
 from snapstore.remote._journal import Journal, Recorded
-from snapstore.remote._lives import Batch, Binding, Ending, Note, Upload, upload_of
+from snapstore.remote._lives import Batch, Binding, Ending, Upload, upload_of
 from snapstore.remote._manifest import EndLives, RemoteLife, visible
 from snapstore.remote._objects import ObjectStore
 from snapstore.remote._options import split_options
@@ -46,7 +45,13 @@ class RemoteTier:
     """See ``_door.Tier`` and ``_observer.Observer``."""
 
     def __init__(
-        self, options: StoreOptions, state: State, session: Session, files: FileSystem, buffers: BufferPool
+        self,
+        options: StoreOptions,
+        state: State,
+        session: Session,
+        files: FileSystem,
+        buffers: BufferPool,
+        threads: Threads,
     ) -> None:
         assert options.remote is not None
         own, given = split_options(options.remote_options)
@@ -54,19 +59,20 @@ class RemoteTier:
         self._timeout_s = own.timeout_s
         self._state = state
         self._files = files
-        self._hints = Hints()
+        self._threads = threads
+        self._hints = Hints(threads)
         self._session = Path(session.path).name
         self._node = own.node or platform.node()
         self._objects = ObjectStore(options.remote, given, own.timeout_s)
         self._journal = Journal(files, session.root, options.remote, durable=options.durability != "none")
-        self._failures = Repeats(_log, "remote_failed", time.monotonic)
-        self._telling = threading.Lock()
-        self._pool = Pool(own.transfers, own.max_in_flight_bytes, self._ping, self._told)
-        self._exchange = Exchange(self._objects, self._pool, files, buffers)
+        self._failures = Repeats(_log, "remote_failed", threads.monotonic_s)
+        self._telling = threads.lock()
+        self._pool = Pool(own.transfers, own.max_in_flight_bytes, self._ping, self._told, threads)
+        self._exchange = Exchange(self._objects, self._pool, files, buffers, threads)
         self._probed = False
         self._closed = False
-        self._inbox: queue.SimpleQueue[Note | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="snapstore-remote", daemon=True)
+        self._inbox = threads.queue()
+        self._thread = threads.thread("snapstore-remote", self._run)
         self._bindings: dict[str, Binding] = {}
         self._ends: dict[str, list[Ending]] = {}
 
@@ -114,7 +120,7 @@ class RemoteTier:
         """What a node may load of a request, in the order of its cleanups and commits. Blocks for the network."""
         if self._closed:
             raise RemoteUnavailableError("the remote store can not be asked now: the store is shut down")
-        known: Future[tuple[str | None, tuple[EndLives, ...]]] = Future()
+        known: Future[tuple[str | None, tuple[EndLives, ...]]] = self._threads.future()
         self._inbox.put(functools.partial(self._on_look, request_id, known))
         bound, ends = answer(known, self._timeout_s)
         seen = answer(
@@ -124,11 +130,11 @@ class RemoteTier:
 
     def publish(self, commits: Sequence[Commit], deadline_s: float) -> None:
         """See ``_door.Tier``."""
-        waiters: list[Future[None]] = [Future() for _ in commits]
+        waiters: list[Future[None]] = [self._threads.future() for _ in commits]
         self._inbox.put(functools.partial(self._on_publish, list(zip(commits, waiters, strict=True))))
         for commit, waiter in zip(commits, waiters, strict=True):
             try:
-                waiter.result(max(0.0, deadline_s - time.monotonic()))
+                waiter.result(max(0.0, deadline_s - self._threads.monotonic_s()))
             except (TimeoutError, FutureTimeoutError):
                 why = f": {self._pool.error}" if self._pool.error else ""
                 raise TimeoutError(
@@ -165,14 +171,14 @@ class RemoteTier:
 
     def close(self, timeout_s: float) -> tuple[SnapshotKey, ...]:
         """See ``_door.Tier``."""
-        deadline_s = time.monotonic() + timeout_s
-        heard = threading.Event()
+        deadline_s = self._threads.monotonic_s() + timeout_s
+        heard = self._threads.event()
         self._inbox.put(heard.set)
         if heard.wait(timeout_s):
             self._pool.await_idle(deadline_s)
         unpublished = self._exchange.unpublished()
         self.let_go()
-        self._thread.join(max(0.0, deadline_s - time.monotonic()))
+        self._thread.join(max(0.0, deadline_s - self._threads.monotonic_s()))
         self._pool.join(deadline_s)
         self._objects.close()
         return unpublished
@@ -209,7 +215,7 @@ class RemoteTier:
                 ticket._publish()
             return
         if self._policy == "on_commit":
-            self._exchange.begin_upload(upload_of(self._bound(commit), commit, ticket))
+            self._exchange.begin_upload(upload_of(self._threads, self._bound(commit), commit, ticket))
         else:
             self._bound(commit).tickets[commit.info.key.token_count] = (commit, ticket)
 
@@ -231,7 +237,7 @@ class RemoteTier:
                 waiter.set_result(None)
                 continue
             known, ticket = binding.tickets.get(key.token_count, (None, None))
-            upload = upload_of(binding, commit, ticket if known is commit else None)
+            upload = upload_of(self._threads, binding, commit, ticket if known is commit else None)
             upload.tell(waiter)
             self._exchange.begin_upload(upload)
 
@@ -242,13 +248,15 @@ class RemoteTier:
             return True
 
     def _on_left(self, commit: Commit, file: CommittedFile) -> None:
-        self._exchange.begin_upload(upload_of(self._bound(commit), commit, file=file))
+        self._exchange.begin_upload(upload_of(self._threads, self._bound(commit), commit, file=file))
 
     def _on_joined(self, request_id: str, life: str) -> None:
         binding = self._bindings.get(request_id)
         if binding is None or not binding.used:
             known = {} if binding is None else binding.tickets
-            self._bindings[request_id] = Binding(request_id, life, begun=True, used=True, tickets=known)
+            self._bindings[request_id] = Binding(
+                request_id, life, self._threads.lock(), begun=True, used=True, tickets=known
+            )
 
     def _on_look(self, request_id: str, known: Future[tuple[str | None, tuple[EndLives, ...]]]) -> None:
         binding = self._bindings.get(request_id)
@@ -306,7 +314,9 @@ class RemoteTier:
         binding = self._bindings.get(info.key.request_id)
         if binding is None:
             life = _names.life_name(self._node, self._session, info.generation)
-            binding = self._bindings[info.key.request_id] = Binding(info.key.request_id, life)
+            binding = self._bindings[info.key.request_id] = Binding(
+                info.key.request_id, life, self._threads.lock()
+            )
         return binding
 
     def _drop_uploads(self, binding: Binding) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -122,6 +123,7 @@ class World:
             event=partial(_Event, self),
             future=partial(_Future, self),
             thread=partial(_Thread, self),
+            queue=partial(_Queue, self),
             this_thread=getcurrent,
         )
         self._schedule = schedule
@@ -463,6 +465,20 @@ class _Future(Future[Any]):
     def set_exception(self, exception: BaseException | None) -> None:
         self._world.switch("set an exception")
         super().set_exception(exception)
+
+
+class _Queue:
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._items: deque[Any] = deque()
+
+    def put(self, item: Any) -> None:
+        self._world.switch("put")
+        self._items.append(item)
+
+    def get(self) -> Any:
+        self._world.wait(lambda: bool(self._items), None, "get")
+        return self._items.popleft()
 
 
 class _Thread:
