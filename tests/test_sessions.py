@@ -25,7 +25,8 @@ from helpers import assert_same, files_below, tensors
 from processes import Processes
 
 from snapstore import RootError, SaveFailedError, SnapshotNotFoundError, SnapshotStore, StoreOptions
-from snapstore._cleanup import RECLAIM_SESSIONS
+from snapstore._cleanup import RECLAIM_S, RECLAIM_SESSIONS
+from snapstore._threads import Threads
 from snapstore.testing import FaultyFileSystem
 
 ADOPT = StoreOptions(leftovers="adopt")
@@ -192,10 +193,13 @@ def test_leftovers_go_on_a_thread_of_their_own(
 def test_what_is_asked_of_the_store_comes_before_the_leftovers(
     processes: Processes, root: Path, files: FaultyFileSystem
 ) -> None:
-    """A cleanup is answered between two removals of leftovers, and its own bytes are freed before the rest of them."""
+    """A cleanup is answered between two removals of leftovers, and its own bytes are freed before the rest of them.
+
+    At once, that is: no time passes on this store's clock.
+    """
     leave_dead_session(processes, root)
     gate = files.pause("unlink", ".dead-")
-    store = SnapshotStore(root, file_system=files)
+    store = SnapshotStore(root, file_system=files, threads=Threads(monotonic_s=lambda: 0.0))
     gate.wait_reached()
     store.save("own", 1, tensors(1)).result(10)
     left_at_cleanup: list[int] = []
@@ -294,6 +298,18 @@ def test_one_start_reclaims_for_a_bounded_time(
     monkeypatch.undo()
     store = SnapshotStore(root)
     wait_until(lambda: sessions_in(root) == [store.session])
+    end(store)
+
+
+def test_a_reclaim_whose_time_is_up_begins_no_other_removal(
+    processes: Processes, root: Path, files: FaultyFileSystem
+) -> None:
+    leave_dead_session(processes, root)
+    clock_s = [0.0]
+    files.call("unlink", lambda: clock_s.append(RECLAIM_S), ".dead-")
+    store = SnapshotStore(root, file_system=files, threads=Threads(monotonic_s=lambda: clock_s[-1]))
+    let_sweeper_finish(store)
+    assert files.count("unlink", ".dead-") == 1
     end(store)
 
 
@@ -908,9 +924,19 @@ def test_a_maker_that_always_loses_its_session_gives_up(root: Path, files: Fault
             shutil.rmtree(path)
 
     files.call("make_directory", take_it, ".new-", when="after", times=math.inf)
-    with pytest.raises(RootError, match="other processes took every session"):
+    why = "other processes took every session that was being made"
+    with pytest.raises(RootError, match=refused(root, why) + "$") as caught:
         SnapshotStore(root, file_system=files)
+    assert caught.value.errno == errno.EBUSY
     assert sessions_in(root) == []
+
+
+def test_a_root_that_is_removed_while_it_is_opened_is_refused(root: Path, files: FaultyFileSystem) -> None:
+    end(SnapshotStore(root))
+    files.call("make_directory", lambda: shutil.rmtree(root, ignore_errors=True), ".new-", times=math.inf)
+    with pytest.raises(RootError, match=refused(root, "there is no such directory") + "$") as caught:
+        SnapshotStore(root, file_system=files)
+    assert caught.value.errno == errno.ENOENT
 
 
 def test_an_unborn_session_that_somebody_has_locked_is_left_to_him(
@@ -1017,7 +1043,8 @@ def test_a_root_whose_marker_is_always_taken_before_it_stands_is_refused(
             path.unlink()
 
     files.call("rename", take_it, ".snapstore", times=math.inf)
-    with pytest.raises(RootError):
+    why = "it has no .snapstore marker, so it is not ours; name an empty directory"
+    with pytest.raises(RootError, match=refused(root, why)):
         SnapshotStore(root, file_system=files)
     assert not (root / ".snapstore").exists()
 
