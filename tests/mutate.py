@@ -48,7 +48,7 @@ TARGETS = (
     Target(
         "state",
         ("_state", "_room", "_ledger"),
-        ("state", "backpressure", "cleanup_races", "shutdown", "endings", "space", "metrics"),
+        ("state", "backpressure", "cleanup_races", "shutdown", "endings", "space", "metrics", "remote"),
     ),
     Target("format", ("_format",), ("format", "store")),
     Target(

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import roots
-from helpers import assert_same
+from helpers import assert_same, tensors
 
 from snapstore import SnapshotStore, StoreOptions, _paths
+from snapstore._threads import Threads
+from snapstore.testing import FaultyFileSystem
 
 WAITS = Path(__file__).with_name("waits.py")
 """Not imported: it takes the clock of its process."""
@@ -140,3 +142,17 @@ def test_a_name_from_the_far_future_does_not_set_the_clock(root: Path) -> None:
         opened_at_s = _paths.session_opened_at(store.session.name)
         assert opened_at_s is not None and abs(opened_at_s - time.time()) < 60
         store.shutdown(cleanup=True)
+
+
+def test_a_wait_of_no_time_is_over_also_where_the_clock_has_not_moved(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    """It ticks now and then only, on some machines."""
+    store = SnapshotStore(root, file_system=files, threads=Threads(monotonic_s=lambda: 0.0))
+    store.save("request", 1, tensors(1)).result(10)
+    with files.pause("create", ".tmp") as gate:
+        store.save("request", 2, tensors(2))
+        gate.wait_reached()
+        with pytest.raises(TimeoutError, match="was not detached"):
+            store.detach("request", 1, root.parent / "detached", timeout_s=0)
+    assert store.shutdown(cleanup=True).clean
