@@ -54,29 +54,25 @@ TARGETS = (
     Target(
         "writer",
         ("_writer", "_filing"),
-        ("store", "filing", "faults", "cleanup_races", "space", "logging", "shutdown", "powerloss"),
+        (
+            *("store", "filing", "faults", "cleanup_races", "space", "logging", "shutdown", "powerloss"),
+            "comings_and_goings",
+        ),
     ),
     Target(
         "cleanup",
         ("_cleanup",),
         (
-            *("cleanup_races", "sessions", "shutdown", "space", "endings", "faults", "logging", "aio"),
-            "comings_and_goings",
+            *("cleanup_races", "sessions", "shutdown", "space", "endings", "faults", "logging"),
+            *("aio", "comings_and_goings"),
         ),
     ),
     Target(
         "session",
         ("_session",),
         (
-            "sessions",
-            "owner",
-            "crash",
-            "store",
-            "powerloss",
-            "space",
-            "endings",
-            "comings_and_goings",
-            "time",
+            *("sessions", "owner", "crash", "store", "powerloss", "space", "endings"),
+            *("comings_and_goings", "time", "hostile"),
         ),
     ),
 )
