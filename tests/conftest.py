@@ -182,12 +182,17 @@ def no_stray_file(elsewhere: Elsewhere) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_leaked_descriptor(no_stray_file: None) -> Iterator[None]:
-    """Fail a test that leaves a descriptor open, also after a garbage collection."""
+    """Fail a test that leaves a descriptor open, also after a garbage collection and a moment.
+
+    The moment is for connections of a client that is gone: its runtime closes them on a thread of its own.
+    """
     before = _descriptors()
     yield
     if _descriptors() - before:
         gc.collect()
-    leaked = _descriptors() - before
+    end_s = time.monotonic() + ENDING_S
+    while (leaked := _descriptors() - before) and time.monotonic() < end_s:
+        time.sleep(0.01)
     if leaked:
         shown = "\n".join(f"  {each.fd} -> {each.target()}" for each in sorted(leaked))
         pytest.fail(f"leaked {len(leaked)} descriptors:\n{shown}", pytrace=False)
