@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from snapstore._threads import Event, Threads, on_main_thread
 from snapstore._types import SaveState, SnapshotInfo, SnapshotKey
@@ -78,11 +79,21 @@ class SaveTicket:
 
     def result(self, timeout_s: float | None = None) -> SnapshotInfo:
         """Wait for the commit. ``SaveCancelledError``, ``SaveFailedError`` (with the cause), or ``TimeoutError``."""
-        return self._outcome.result(timeout_s)
+        try:
+            return self._outcome.result(timeout_s)
+        except FutureTimeoutError:
+            raise self._late(timeout_s) from None
 
     def exception(self, timeout_s: float | None = None) -> BaseException | None:
         """Wait for the end; the error, or ``None`` if it was committed. ``TimeoutError`` if it did not end in time."""
-        return self._outcome.exception(timeout_s)
+        try:
+            return self._outcome.exception(timeout_s)
+        except FutureTimeoutError:
+            raise self._late(timeout_s) from None
+
+    def _late(self, timeout_s: float | None) -> TimeoutError:
+        """Before Python 3.11 a future's own time-out is no ``TimeoutError``."""
+        return TimeoutError(f"the save of {self.key} has not ended after {timeout_s} s: {self._state.value}")
 
     def add_done_callback(self, fn: Callable[[SaveTicket], object]) -> None:
         """Call ``fn(ticket)`` once at the end, on the thread that ends it (at once if it has ended). Keep it short.
