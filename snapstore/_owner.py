@@ -8,6 +8,7 @@ left alone.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -177,17 +178,19 @@ os.register_at_fork(
 )
 
 
+LACKING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""What this process, or its machine, has no more of: such an error says nothing of the file."""
+
+
 def read_record(files: FileSystem, directory: str, *, dir_fd: int | None = None) -> OwnerRecord | None:
-    """The owner record of a session, ``None`` if it is missing, torn, or can not be read."""
-    try:
-        fd = files.open_read(join(directory, OWNER_RECORD), dir_fd=dir_fd)
-    except OSError:
-        return None
+    """The owner record of a session, ``None`` if it is missing, torn, or unreadable. ``OSError`` if ``LACKING``."""
     buffer = memoryview(bytearray(_RECORD_BYTES_MAX))
     try:
-        with opened(files, fd):
+        with opened(files, files.open_read(join(directory, OWNER_RECORD), dir_fd=dir_fd)) as fd:
             count = read_exactly(files, fd, buffer, 0)
-    except OSError:
+    except OSError as error:
+        if error.errno in LACKING:
+            raise
         return None
     return OwnerRecord.from_json(bytes(buffer[:count]))
 

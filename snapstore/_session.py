@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from snapstore import _paths
 from snapstore._errors import RootError
 from snapstore._files import FileSystem, exists, opened, read_exactly, remove_tree, rename_surely, write_all
-from snapstore._owner import OwnerLock, OwnerRecord, read_record
+from snapstore._owner import LACKING, OwnerLock, OwnerRecord, read_record
 from snapstore._paths import join
 
 MARKER_FORMAT = 1
@@ -306,7 +306,10 @@ class DeadSession:
 
 
 def dead_sessions(files: FileSystem, root: str, *, newest_first: bool = False) -> Iterator[DeadSession]:
-    """Each session of a dead owner, its lock taken: whoever gets one from here is alone with it, and releases it."""
+    """Each session of a dead owner, its lock taken: whoever gets one from here is alone with it, and releases it.
+
+    ``OSError`` where there is no telling which are dead.
+    """
     dated = []
     for name in filter(_paths.is_session_name, files.names(root)):
         record = read_record(files, join(root, name))
@@ -407,7 +410,9 @@ def _remove_staged_marker(files: FileSystem, path: str, budget: Budget) -> None:
 def _try_lock(files: FileSystem, path: str) -> OwnerLock | None:
     try:
         return OwnerLock.take(files, path, create=False)
-    except OSError:
+    except OSError as error:
+        if error.errno in LACKING:
+            raise
         return None  # no lock file, or no lock support here: not provably dead
 
 

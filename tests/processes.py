@@ -96,11 +96,12 @@ class Child:
         return self._status
 
     def close(self) -> None:
-        """Whatever it does: it is over."""
+        """Whatever it does: it is over. Who starts a thousand of them does this, or runs out of descriptors."""
         try:
             self.wait(0.0)
         except TimeoutError:
             self.kill()
+        self._server.forget(self)
         os.close(self._reader)
         os.close(self._writer)
 
@@ -158,9 +159,12 @@ class Processes:
 
     def end_children(self) -> None:
         """Whoever is still there is killed; each one is one that was started here."""
-        children, self._children = self._children, []
-        for child in children:
+        for child in tuple(self._children):
             child.close()
+
+    def forget(self, child: Child) -> None:
+        """It was closed."""
+        self._children.remove(child)
 
     def close(self) -> None:
         self.end_children()

@@ -56,6 +56,7 @@ def killed_at(processes: Processes, action: str, root: Path, spot: Spot) -> bool
     said = child.says()
     assert said == "stopped" or said.startswith("done"), said
     assert child.kill() == -9
+    child.close()
     return said == "stopped"
 
 

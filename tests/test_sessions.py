@@ -672,6 +672,7 @@ def test_what_can_not_be_read_at_a_start_is_neither_adopted_nor_lost(
     files.heal()
     let_sweeper_finish(store)
     store.shutdown()
+    assert "leftovers_not_adopted" in caplog.text, "nor is it passed over in silence"
     store = SnapshotStore(root, ADOPT)
     assert everything_in(store, set(BEFORE)) == BEFORE
     wait_until(lambda: sessions_in(root) == [store.session])

@@ -81,7 +81,7 @@ def calls_of(processes: Processes, action: str, thread: str, root: Path, trace: 
         child.tell()
         said = _until_done(child)
         assert said[-1:] == ["done"], said
-        child.kill()
+        child.close()
     counted: Counter[str] = Counter()
     calls = []
     for line in trace.read_text().splitlines():
@@ -100,6 +100,7 @@ def killed_at(processes: Processes, call: Call, root: Path) -> list[str]:
         child.tell()
         said = _until_done(child)
         assert child.kill() == -9, "an injected signal ends it as any other does"
+    child.close()
     return said
 
 
