@@ -141,6 +141,18 @@ def test_a_cleanup_after_the_commit_removes_the_file_and_says_how_much(store: Sn
     assert not info.path.exists() and not info.path.parent.exists()
 
 
+def test_a_cleanup_says_how_much_of_what_was_replaced_or_detached_it_still_removed(
+    store: SnapshotStore, tmp_path: Path
+) -> None:
+    for count in range(4):
+        store.save("done", count, tensors(count, 1000 * (count + 1))).result(10)
+    replaced = store.save("done", 1, tensors(9, 9000)).result(10)
+    store.detach("done", 3, tmp_path / "detached")
+    left = [store.save("done", count, tensors(count, 500)).result(10).nbytes for count in (0, 2)]
+    report = store.cleanup_request("done")
+    assert (report.removed, report.removed_bytes) == (3, replaced.nbytes + sum(left))
+
+
 def test_a_cleanup_of_files_that_somebody_else_removed_is_clean(store: SnapshotStore) -> None:
     info = store.save("done", 64, tensors(1)).result(10)
     shutil.rmtree(info.path.parent)

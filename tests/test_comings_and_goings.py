@@ -343,14 +343,17 @@ def test_a_save_whose_rename_lied_is_committed(root: Path, files: FaultyFileSyst
     assert store.shutdown(cleanup=True).clean
 
 
+@pytest.mark.parametrize("durability", ["none", "full"])
 def test_a_save_whose_rename_failed_is_not_taken_for_the_one_that_it_was_to_replace(
-    store: SnapshotStore, files: FaultyFileSystem
+    root: Path, files: FaultyFileSystem, durability: Any
 ) -> None:
+    store = SnapshotStore(root, StoreOptions(durability=durability), file_system=files)
     saved(store)
     files.fail("rename", errno.EIO, ".tmp")
     with pytest.raises(SaveFailedError):
         saved(store, seed=2)
     assert_same(store.load("request", 1), tensors(1))
+    assert store.shutdown(cleanup=True).clean
 
 
 def test_a_link_that_lied_leaves_nothing(root: Path, files: FaultyFileSystem) -> None:
