@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_drain_does_not_wait_for_saves_that_come_later(store: SnapshotStore, dev
     gate.wait_reached()
     with ThreadPoolExecutor(1) as drainer:
         waiting = drainer.submit(store.drain, PATIENCE_S)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(FutureTimeoutError):
             waiting.result(0.1)
         kernel = device.kernel()
         second = store.save("request", 3, on(device, arrays(3)))

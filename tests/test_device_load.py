@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_a_load_waits_for_a_copy_that_is_on_its_way(store: SnapshotStore, device
     store.save("request", 64, on(device, arrays(1)))
     with ThreadPoolExecutor(1) as reader:
         loading = reader.submit(store.load, "request", 64)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(FutureTimeoutError):
             loading.result(0.1)
         device.automatic = True
         assert_holds(loading.result(PATIENCE_S).tensors, arrays(1))
@@ -80,7 +81,7 @@ def test_a_cleanup_ends_the_wait_of_a_load(store: SnapshotStore, device: FakeDev
     store.save("request", 64, on(device, arrays(1)))
     with ThreadPoolExecutor(1) as reader:
         loading = reader.submit(store.load, "request", 64)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(FutureTimeoutError):
             loading.result(0.1)
         store.cleanup_request("request", timeout_s=0)
         with pytest.raises(SnapshotNotFoundError):
@@ -94,7 +95,7 @@ def test_detach_waits_for_a_copy_that_is_on_its_way(
     store.save("request", 64, on(device, arrays(2)))
     with ThreadPoolExecutor(1) as detacher:
         detaching = detacher.submit(store.detach, "request", 64, tmp_path / "out.safetensors")
-        with pytest.raises(TimeoutError):
+        with pytest.raises(FutureTimeoutError):
             detaching.result(0.1)
         device.automatic = True
         path = detaching.result(PATIENCE_S)
