@@ -11,7 +11,7 @@ import errno
 import itertools
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,7 @@ from snapstore import (
 from snapstore._format import Layout, TensorSpec
 from snapstore._latency import Reasons
 from snapstore._memory import HostImage
-from snapstore._records import Cleanup, Commit, Content, Job, Life, Published
+from snapstore._records import Cleanup, Commit, Content, End, Job, Life, Published
 from snapstore._state import State
 from snapstore._threads import Lock, Threads
 
@@ -1946,6 +1946,28 @@ def test_10_what_was_fetched_and_kept_balances_and_is_cleaned_up_as_a_save_is(ha
     assert (hands.now.live_requests, hands.now.session_bytes, hands.now.trash_bytes) == (0, 0, 0)
 
 
+def test_6_what_was_fetched_takes_no_room_before_a_save_that_waits_for_it(script: Script) -> None:
+    hands = Hands(script.threads, max_pending_jobs=10, max_pending_bytes=100)
+    job = hands.reserve("a", 1)
+    turn = hands.state.queue_up(SnapshotKey("b", 1), 10_000, CONTENT)
+    life = hands.state.begin_fetch("c")
+    assert hands.state.keep(life, SnapshotKey("c", 1), 1, CONTENT) is None
+    hands.state.leave(turn)
+    fetched = hands.state.keep(life, SnapshotKey("c", 1), 1, CONTENT)
+    assert fetched is not None
+    for each in (job, fetched):
+        hands.state.abandon(each, OSError("no more"))
+    hands.state.end_fetch(life)
+
+
+def test_9_a_life_keeps_nothing_of_what_was_detached(hands: Hands) -> None:
+    hands.write("a", 1)
+    hands.write("a", 2)
+    life, _ = hands.hold("a", 1)
+    hands.state.end_hold(life)
+    assert set(life.newest) == {2}
+
+
 def test_9_a_life_that_only_fetches_held_ends_with_the_last_of_them(hands: Hands) -> None:
     one, other = hands.state.begin_fetch("a"), hands.state.begin_fetch("a")
     assert one is other and hands.finds_nothing("a")
@@ -1953,6 +1975,33 @@ def test_9_a_life_that_only_fetches_held_ends_with_the_last_of_them(hands: Hands
     assert one.alive
     hands.state.end_fetch(other)
     assert not one.alive and hands.now.live_requests == 0 and hands.sweep() == []
+
+
+class RemoteTier:
+    """Keeps what the state tells it of lives from afar."""
+
+    def __init__(self) -> None:
+        self.lives: list[tuple[str, str]] = []
+
+    def committed(self, job: Job, commit: Commit) -> None:
+        pass
+
+    def ended(self, request_ids: Sequence[str] | None) -> End:
+        return End(recorded=True)
+
+    def joined(self, key: SnapshotKey, life: str) -> None:
+        self.lives.append((key.request_id, life))
+
+
+def test_4_what_comes_from_afar_after_its_cleanup_is_of_no_remote_life(hands: Hands) -> None:
+    hands.state.observer = tier = RemoteTier()
+    late, life = hands.state.begin_fetch("late"), hands.state.begin_fetch("a")
+    hands.clean("late")
+    assert not hands.state.join(late, SnapshotKey("late", 1), "remote life")
+    assert hands.state.join(life, SnapshotKey("a", 1), "remote life")
+    hands.state.end_fetch(late)
+    hands.state.end_fetch(life)
+    assert tier.lives == [("a", "remote life")]
 
 
 def test_4_a_cleanup_ends_what_is_on_its_way_from_afar(hands: Hands) -> None:
