@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
 
 from bench._measure import LIMIT, SNAPSTORE, Case, Contender, Figure, ticker
-from bench._work import MiB, fresh_store, numpy_tensors, torch_tensors
+from bench._work import MiB, fresh_folder, fresh_store, numpy_tensors, torch_tensors, write_raw
 
 
 def run(*, quick: bool) -> Iterator[tuple[Case, list[Figure]]]:
@@ -90,7 +91,23 @@ def _steps(stack: ExitStack) -> dict[str, Contender]:
             store.cleanup_request("request-0", timeout_s=0)
         return took_s
 
-    return {LIMIT: step, f"{SNAPSTORE}, a save of 16 MiB before each": busy_step}
+    pool = stack.enter_context(ThreadPoolExecutor(1))
+    folder = stack.enter_context(fresh_folder())
+    buffer, target = bytearray(16 * MiB), bytearray(16 * MiB)
+
+    def beside_a_write() -> float:
+        """What the step loses to any thread that brings as many bytes to files, after one memcpy of them."""
+        target[:] = buffer
+        writing = pool.submit(write_raw, folder / str(next(numbers) % 4), memoryview(target))
+        took_s = step()
+        writing.result()
+        return took_s
+
+    return {
+        LIMIT: step,
+        f"{SNAPSTORE}, a save of 16 MiB before each": busy_step,
+        "a copy of 16 MiB before each, and a raw write of it beside": beside_a_write,
+    }
 
 
 def _sleep(duration_s: float) -> None:
