@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from snapstore._events import Repeats
-from snapstore._files import FileSystem, exists, remove_tree, rename_surely
+from snapstore._files import GONE, FileSystem, exists, remove_tree, rename_surely
 from snapstore._reasons import reason_of
 from snapstore._records import Life
 from snapstore._session import Budget, Session, reclaim
@@ -182,7 +182,9 @@ class Sweeper:
         path = self._session.trash_path()
         try:
             rename_surely(self._files, directory, path)
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
             if not exists(self._files, directory):
                 if life.committed and self._session.is_away():
                     raise  # with all that was committed, which would be back with it

@@ -38,7 +38,9 @@ class FileSystem:
 
     def look_for(self, path: str) -> None:
         """``FileNotFoundError`` unless there is something at the path and, where it is held, still that."""
-        if not self.ways.is_held(path, os.stat(path, follow_symlinks=False)):
+        with self.ways.from_root(path) as (name, fd):
+            there = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if not self.ways.is_held(path, there):
             raise FileNotFoundError(errno.ENOENT, "another directory stands here now", path)
 
     def make_directory(self, path: str, *, dir_fd: int | None = None) -> None:
@@ -221,6 +223,9 @@ class FileSystem:
                 return described.split(" ", 1)[0]
         return ""
 
+
+GONE = frozenset({errno.ENOENT, errno.ESTALE})
+"""What is said of a directory that somebody removed: on a network file system, of one that is open, the latter."""
 
 _KEEP_SIZE = 1
 _NO_RESERVING = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EINTR})

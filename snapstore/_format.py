@@ -246,6 +246,7 @@ class HeaderDraft:
         pairs = ",".join(f'"{name}":{to_json(text)}' for name, text in said.items())
         metadata = f'{_OPENING}{"0" * DIGITS}",{pairs}}}'.encode()
         self._header = _aligned(metadata + _entries(layout) + b"}")
+        self._digits = len(said.get(_TENSORS, ""))
         self._end = _PREFIX.size + len(metadata) - len('"}')
 
     def __len__(self) -> int:
@@ -254,6 +255,7 @@ class HeaderDraft:
     def filled_in(self, checksums: str) -> bytes:
         """The header with these digits, as many as there are to be, and with its own checksum."""
         header = self._header
+        assert len(checksums) == self._digits
         header[self._end - len(checksums) : self._end] = checksums.encode()
         header[_SEAL_AT : _SEAL_AT + DIGITS] = checksum_around(memoryview(header), _SEAL_AT)
         return bytes(header)

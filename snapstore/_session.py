@@ -93,10 +93,10 @@ class Session:
         path = join(root, _paths.new_session_name(record.opened_at_s, record.pid))
         try:
             _bear(files, root, unborn, path, lock, durable)
+            return cls(files, root, path, lock, durable=durable)
         except BaseException:
             lock.release()
             raise
-        return cls(files, root, path, lock, durable=durable)
 
     def generation_path(self, request_id: str, generation: int) -> str:
         return join(self.path, _paths.generation_name(request_id, generation))

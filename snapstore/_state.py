@@ -905,15 +905,21 @@ class State:
         """
         raised: BaseException | None = None
         for job, _ in settled:
-            self.let_go_memory(job)
+            try:
+                self.let_go_memory(job)
+            except BaseException as error:  # noqa: BLE001 - it is raised below
+                raised = raised or error
         for job, outcome in settled:
             try:
                 job.ticket._settle(outcome)
             except BaseException as error:  # noqa: BLE001 - it is raised below
                 raised = raised or error
         self._ring()
-        if raised is not None:
-            raise raised
+        try:
+            if raised is not None:
+                raise raised
+        finally:
+            del raised  # with its frames it would keep the jobs
 
 
 def _give_memory_back(job: Job) -> None:

@@ -32,7 +32,7 @@ class Ways:
     def hold(self, path: str) -> None:
         """Keep a directory open until ``let_go``: what is below it is reached from it, wherever it is moved to."""
         with self.to(path) as (name, fd):
-            held = Held(os.open(name, _PASSING, dir_fd=fd), self._lock)
+            held = Held.open(name, fd, self._lock)
         with self._lock:
             before, self._held[path] = self._held.get(path), held
         if before is not None:
@@ -69,7 +69,7 @@ class Ways:
             return held
 
     def close_in_child(self) -> None:
-        """A forked child has no store, and keeps no file system from being unmounted."""
+        """A forked child has no store: what is held here need not keep a file system from being unmounted."""
         self._lock = threading.Lock()  # whoever held the other one is not here
         for held in self._held.values():
             os.close(held.fd)
@@ -81,19 +81,28 @@ class Held:
 
     __slots__ = ("_lock", "fd", "identity", "users")
 
-    def __init__(self, fd: int, lock: threading.Lock) -> None:
+    def __init__(self, fd: int, status: os.stat_result, lock: threading.Lock) -> None:
         self.fd = fd
         self.users = 1  # who holds it
-        self._lock = lock
-        status = os.fstat(fd)
         self.identity = (status.st_dev, status.st_ino)
+        self._lock = lock
+
+    @classmethod
+    def open(cls, name: str, dir_fd: int | None, lock: threading.Lock) -> Held:
+        fd = os.open(name, _PASSING, dir_fd=dir_fd)
+        try:
+            return cls(fd, os.fstat(fd), lock)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def leave(self) -> None:
         """One user less; the last one closes it."""
         with self._lock:
             self.users -= 1
-            if self.users == 0:
-                os.close(self.fd)
+            last = self.users == 0
+        if last:
+            os.close(self.fd)
 
 
 class Way:
@@ -138,9 +147,13 @@ class Way:
         """``way``: the directories to open on it, the outermost last. ``ENOTDIR`` where one is a link."""
         for directory in reversed(way):
             inner = os.open(directory, _PASSING, dir_fd=fd)
-            if self._own_fd is not None:
-                os.close(self._own_fd)
-            self._own_fd = fd = inner
+            before, self._own_fd, fd = (
+                self._own_fd,
+                inner,
+                inner,
+            )  # an interruption may come right after the close
+            if before is not None:
+                os.close(before)
         return name, fd
 
     def __exit__(
@@ -149,10 +162,12 @@ class Way:
         self._end(error)
 
     def _end(self, error: BaseException | None) -> None:
-        if self._own_fd is not None:
-            os.close(self._own_fd)
-        if self._held is not None:
-            self._held.leave()
+        fd, self._own_fd = self._own_fd, None
+        if fd is not None:
+            os.close(fd)
+        held, self._held = self._held, None
+        if held is not None:
+            held.leave()
         if isinstance(error, OSError) and self._dir_fd is None:
             error.filename = self._path
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from snapstore._events import Repeats
-from snapstore._files import FileSystem, disk_bytes, opened, rename_surely, same_file
+from snapstore._files import GONE, FileSystem, disk_bytes, opened, rename_surely, same_file
 from snapstore._filing import write_snapshot
 from snapstore._format import Facts
 from snapstore._options import StoreOptions
@@ -76,7 +76,6 @@ class Writer:
 
         ``None`` if the job was cancelled before its rename, with nothing left behind.
         """
-        self._session.look()
         temporary = self._session.temporary_path()
         final = self._session.snapshot_path(job.key.request_id, job.ticket.generation, job.key.token_count)
         fd = self._files.create(temporary)
@@ -85,6 +84,7 @@ class Writer:
             if made is None or not self._state.is_current(job):
                 self._files.unlink(temporary)
                 return None
+            self._session.look()
             self._make_generation(job.life)
             free_bytes = self._free_bytes()
             info = SnapshotInfo(job.key, job.ticket.generation, Path(final), job.nbytes)
@@ -197,7 +197,7 @@ class Writer:
 
     def _mend(self, error: Exception) -> None:
         """Somebody may have removed the directories that it writes into."""
-        if not isinstance(error, FileNotFoundError):
+        if not isinstance(error, OSError) or error.errno not in GONE:
             return
         try:
             self._session.mend()

@@ -15,6 +15,7 @@ import pytest
 import trust_results
 from explored import EVERYTHING, SMALL, name_of, named
 from planted import BUGS, CHECKOUT, MORE_BUGS, Bug
+from remotes import warm_up
 
 from snapstore.testing import explore, replay
 
@@ -43,6 +44,12 @@ def test_what_was_promised_holds_in_any_order(scenario: Any) -> None:
 )
 def test_a_schedule_that_once_failed(scenario: str, schedule: str) -> None:
     replay(named(scenario), schedule)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _client() -> None:
+    """What its first use opens for good is no test's."""
+    warm_up()
 
 
 @pytest.mark.parametrize("bug", PLANTED, ids=str)

@@ -194,6 +194,61 @@ def test_nothing_is_written_into_a_session_that_was_moved_away(root: Path) -> No
         shutil.rmtree(aside)
 
 
+def test_nothing_is_named_in_a_session_that_is_moved_away_while_it_is_written(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    with SnapshotStore(root, file_system=files) as store:
+        store.save("request", 1, tensors(1)).result(10)
+        aside = root.with_name("aside")
+        files.call("write", lambda: store.session.rename(aside), ".tmp")
+        assert cause_of(store.save("request", 2, tensors(2))) == errno.ENOENT
+        assert [path.name for path in aside.rglob("*.safetensors")] == ["1.safetensors"]
+        shutil.rmtree(aside)
+
+
+def test_a_root_that_is_a_link_by_now_is_none(root: Path) -> None:
+    with SnapshotStore(root) as store:
+        root.rename(root.with_name("elsewhere"))
+        root.symlink_to("elsewhere")
+        assert cause_of(store.save("request", 1, tensors(1))) == errno.ENOTDIR
+        root.unlink()
+        root.with_name("elsewhere").rename(root)
+        store.save("request", 1, tensors(1)).result(10)
+        assert_same(store.load("request", 1), tensors(1))
+
+
+def test_a_working_directory_that_a_network_file_system_lost_is_made_again(
+    root: Path, files: FaultyFileSystem
+) -> None:
+    with SnapshotStore(root, file_system=files) as store:
+        shutil.rmtree(store.session / ".tmp")
+        files.fail("create", errno.ESTALE, ".tmp")
+        assert cause_of(store.save("request", 1, tensors(1))) == errno.ESTALE
+        store.save("request", 2, tensors(2)).result(10)
+        assert_same(store.load("request", 2), tensors(2))
+
+
+@needs_proc
+def test_an_interruption_on_the_way_closes_nothing_twice(
+    disk: FileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C strikes right after a close: by then another thread may have opened a file of that number."""
+    close, closed = os.close, []
+
+    def interrupted(fd: int) -> None:
+        close(fd)
+        closed.append(fd)
+        if len(closed) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        disk.status_at(f"{tmp_path}/a/b/file")
+    monkeypatch.undo()
+    assert len(closed) == 2, "the root, and the directory that was opened from it"
+    assert open_below(tmp_path) == set()
+
+
 def test_a_store_that_can_hold_no_directory_walks(root: Path, files: FaultyFileSystem) -> None:
     files.fail("hold", errno.EMFILE, times=float("inf"))
     with SnapshotStore(root, file_system=files) as store:
