@@ -185,7 +185,13 @@ MORE_BUGS = [
     ),
     Bug(
         "no bell rings at the end of a save",
-        [Edit(STATE, "        self._ring()\n        if raised", "        if raised")],
+        [
+            Edit(
+                STATE,
+                "        self._ring()\n        try:\n            if raised",
+                "        try:\n            if raised",
+            )
+        ],
     ),
     Bug(
         "memory is given back while a load reads it",
