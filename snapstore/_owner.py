@@ -118,9 +118,12 @@ class OwnerLock:
                     self._files.close(fd)
 
     def _forget_in_child(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-        self._fd = None
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            with suppress(
+                OSError
+            ):  # somebody closed it behind our back: the others are to be closed all the same
+                os.close(fd)
 
 
 # -- fork -----------------------------------------------------------------------------------------------------------

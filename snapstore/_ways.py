@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from weakref import WeakSet
 
@@ -72,7 +73,8 @@ class Ways:
         """A forked child has no store: what is held here need not keep a file system from being unmounted."""
         self._lock = threading.Lock()  # whoever held the other one is not here
         for held in self._held.values():
-            os.close(held.fd)
+            with suppress(OSError):
+                os.close(held.fd)
         self._held.clear()
 
 

@@ -14,7 +14,7 @@ from scenarios import cause_of
 
 from snapstore import SnapshotStore
 from snapstore._files import FileSystem, opened
-from snapstore.testing import FaultyFileSystem
+from snapstore.testing import FaultyFileSystem, MemoryFileSystem
 
 
 @pytest.fixture
@@ -165,7 +165,9 @@ def test_a_store_holds_three_directories_until_its_end(root: Path) -> None:
 
 
 @needs_proc
-def test_a_forked_child_keeps_no_directory_of_a_store_open(root: Path) -> None:
+def test_a_forked_child_keeps_nothing_of_a_store_open(root: Path) -> None:
+    """Beside stores whose descriptors are none of the process, which it can not close."""
+    beside = [SnapshotStore("/root", file_system=MemoryFileSystem()) for _ in range(8)]
     store = SnapshotStore(root)
     let_sweeper_finish(store)
     reader, writer = os.pipe()
@@ -179,7 +181,7 @@ def test_a_forked_child_keeps_no_directory_of_a_store_open(root: Path) -> None:
     os.close(writer)
     store.save("request", 1, tensors(1)).result(10)
     assert_same(store.load("request", 1), tensors(1))
-    assert store.shutdown(cleanup=True).clean
+    assert all(each.shutdown(cleanup=True).clean for each in [*beside, store])
 
 
 def test_nothing_is_written_into_a_session_that_was_moved_away(root: Path) -> None:
