@@ -120,9 +120,8 @@ class OwnerLock:
     def _forget_in_child(self) -> None:
         fd, self._fd = self._fd, None
         if fd is not None:
-            with suppress(
-                OSError
-            ):  # somebody closed it behind our back: the others are to be closed all the same
+            # It may be none of this process's: the others are to be closed all the same.
+            with suppress(OSError):
                 os.close(fd)
 
 

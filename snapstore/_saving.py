@@ -52,9 +52,8 @@ def offered(
     """Check it all. Raises what is wrong with the tensors, the metadata or their device; does not wait."""
     started_s = engine.monotonic_s()
     if isinstance(tensors, Mapping):
-        tensors = dict(
-            tensors
-        )  # one look at it: a mapping may change, or give its tensors in another order next time
+        # One look at it: a mapping may change, or give its tensors in another order next time.
+        tensors = dict(tensors)
     adapter = adapter_for(tensors)
     specs, sources = adapter.describe(tensors)
     content = Content(adapter.framework, encode_metadata(metadata))

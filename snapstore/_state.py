@@ -408,9 +408,8 @@ class State:
             commit = self._unlist_locked(life, key.token_count)
             assert commit is not None
             if not any(job.key == key for job in life.staging):
-                life.newest.pop(
-                    key.token_count, None
-                )  # nobody is to be compared with it; or lives that last fill up
+                # Nobody is to be compared with it; or lives that last fill up.
+                life.newest.pop(key.token_count, None)
             self._publish_locked()
             return life, commit
 

@@ -149,11 +149,8 @@ class Way:
         """``way``: the directories to open on it, the outermost last. ``ENOTDIR`` where one is a link."""
         for directory in reversed(way):
             inner = os.open(directory, _PASSING, dir_fd=fd)
-            before, self._own_fd, fd = (
-                self._own_fd,
-                inner,
-                inner,
-            )  # an interruption may come right after the close
+            # Before the close, since an interruption may come right after it.
+            before, self._own_fd, fd = self._own_fd, inner, inner
             if before is not None:
                 os.close(before)
         return name, fd

@@ -88,9 +88,8 @@ class Writer:
             self._make_generation(job.life)
             free_bytes = self._free_bytes()
             info = SnapshotInfo(job.key, job.ticket.generation, Path(final), job.nbytes)
-            self._put_in_place(
-                temporary, final, made
-            )  # the last that may fail: a failed save replaces nothing
+            # The last that may fail: a failed save replaces nothing.
+            self._put_in_place(temporary, final, made)
         except BaseException:
             self._discard(temporary)
             raise
